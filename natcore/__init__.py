@@ -1,0 +1,1 @@
+"""natcore: Neighborhood Attention on raw arrays."""

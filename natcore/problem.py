@@ -1,0 +1,310 @@
+"""What is asked: the window, the sizes, the operands. Every argument check stands here.
+
+Nothing in this file touches memory, a framework or a GPU. All classes are frozen and hashable, so
+that plans, kernels and packed launches can be cached on them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Literal
+
+from natcore.views import ITEM_SIZES, Device, View
+
+DTYPES = tuple(ITEM_SIZES)
+
+Direction = Literal["forward", "backward"]
+
+#: The operands of a call, in the order in which pointers and strides are handed to a backend.
+OPERANDS: dict[str, tuple[str, ...]] = {
+    "forward": ("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
+    "backward": (
+        *("d_out", "q", "k", "v", "out", "lse", "d_lse"),
+        *("rpb", "additional_keys", "additional_values"),
+        *("dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
+    ),
+}
+#: The operands that a call writes; all others are read only.
+RESULTS: dict[str, tuple[str, ...]] = {
+    "forward": ("out", "lse"),
+    "backward": ("dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
+}
+#: The gradient of each differentiable operand (those of out and lse come in, the others go out).
+GRADIENTS = {
+    **{name: "d" + name for name in ("q", "k", "v", "rpb")},
+    **{name: "d_" + name for name in ("out", "lse", "additional_keys", "additional_values")},
+}
+
+
+def per_axis(name: str, value: object, rank: int, kind: type) -> tuple:
+    """One entry per spatial axis from a scalar or a sequence; ``kind`` is int or bool."""
+    entries = [value] * rank if not isinstance(value, Sequence) else list(value)
+    if len(entries) != rank:
+        raise ValueError(
+            f"{name} has {len(entries)} entries, {value!r}, but the problem has {rank} spatial "
+            f"axes: give one {kind.__name__} or {rank}."
+        )
+    return tuple(_entry(name, axis, entry, kind) for axis, entry in enumerate(entries))
+
+
+def _entry(name: str, axis: int, entry: object, kind: type) -> int | bool:
+    is_bool = isinstance(entry, bool) or type(entry).__name__ in ("bool_", "bool")
+    if is_bool is not (kind is bool) or not (is_bool or hasattr(entry, "__index__")):
+        raise ValueError(f"{name} on axis {axis} must be {kind.__name__}, not {type(entry).__name__} ({entry!r}).")
+    return bool(entry) if kind is bool else int(entry)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which keys a query sees, one entry per spatial axis (1 to 3 axes; axes are independent).
+
+    Build it with `Window.of`, which accepts scalars and checks the values.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+
+    @classmethod
+    def of(
+        cls,
+        rank: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+    ) -> Window:
+        """Raises ValueError for a wrong number of entries, entries < 1, or stride > kernel."""
+        window = cls(
+            per_axis("kernel_size", kernel_size, rank, int),
+            per_axis("stride", stride, rank, int),
+            per_axis("dilation", dilation, rank, int),
+            per_axis("is_causal", is_causal, rank, bool),
+        )
+        for name in ("kernel_size", "stride", "dilation"):
+            for axis, entry in enumerate(getattr(window, name)):
+                if entry < 1:
+                    raise ValueError(f"{name} on axis {axis} is {entry}; it must be at least 1.")
+        for axis, (s, k) in enumerate(zip(window.stride, window.kernel_size, strict=True)):
+            if s > k:
+                raise ValueError(
+                    f"stride {s} > kernel_size {k} on axis {axis}: keys between windows would be "
+                    f"seen by nobody. Use a stride of at most {k}."
+                )
+        return window
+
+    @property
+    def rank(self) -> int:
+        return len(self.kernel_size)
+
+    @property
+    def rpb_shape(self) -> tuple[int, ...]:
+        """Shape of one head's relative positional bias table: 2k - 1 per axis."""
+        return tuple(2 * k - 1 for k in self.kernel_size)
+
+    def check_fits(self, spatial: tuple[int, ...]) -> None:
+        """Raises ValueError where kernel_size * dilation exceeds the extent of an axis."""
+        for axis, extent in enumerate(spatial):
+            reach = self.kernel_size[axis] * self.dilation[axis]
+            if reach > extent:
+                raise ValueError(
+                    f"kernel_size {self.kernel_size[axis]} * dilation {self.dilation[axis]} = "
+                    f"{reach} > extent {extent} on axis {axis} of the map {spatial}. Use a smaller "
+                    f"kernel or dilation, or pad the map to {reach}."
+                )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One neighbourhood attention, without its memory: window, sizes and dtypes."""
+
+    window: Window
+    batch: int
+    spatial: tuple[int, ...]
+    heads: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    extra: int  # additional keys / values per batch entry and kv head; 0 = none
+    dtype: str
+    rpb_dtype: str | None  # None = no bias
+
+    @property
+    def lse_dtype(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def default_scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every operand of either direction, by name."""
+        lead = (self.batch, *self.spatial)
+        k, v = (self.heads_kv, self.head_dim), (self.heads_kv, self.head_dim_v)
+        shapes = {
+            "q": (*lead, self.heads, self.head_dim),
+            "k": (*lead, *k),
+            "v": (*lead, *v),
+            "out": (*lead, self.heads, self.head_dim_v),
+            "lse": (*lead, self.heads),
+            "rpb": (self.heads, *self.window.rpb_shape),
+            "additional_keys": (self.batch, self.extra, *k),
+            "additional_values": (self.batch, self.extra, *v),
+        }
+        return shapes | {gradient: shapes[name] for name, gradient in GRADIENTS.items()}
+
+    def dtype_of(self, operand: str) -> str:
+        """The dtype that an operand must have."""
+        if operand in ("lse", "d_lse"):
+            return self.lse_dtype
+        if operand in ("rpb", "drpb"):
+            return self.rpb_dtype or "float32"
+        return self.dtype
+
+    def has(self, operand: str) -> bool:
+        """Whether this problem has the operand at all (rpb and additional tensors are optional)."""
+        if operand in ("rpb", "drpb"):
+            return self.rpb_dtype is not None
+        return self.extra > 0 if "additional" in operand else True
+
+
+@dataclass(frozen=True)
+class Call:
+    """A problem with its memory layout: all that fixes a launch but pointers, scale and stream.
+
+    ``strides`` follows ``OPERANDS[direction]``, in elements; None marks an operand that is absent
+    (an output that nobody asked for, or an optional input).
+    """
+
+    direction: Direction
+    problem: Problem
+    strides: tuple[tuple[int, ...] | None, ...]
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        return OPERANDS[self.direction]
+
+    def to_json(self) -> str:
+        """A text from which `from_json` rebuilds the call in another process."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Call:
+        fields = _tuples(json.loads(text))
+        problem = fields["problem"]
+        problem["window"] = Window(**problem["window"])
+        return cls(fields["direction"], Problem(**problem), fields["strides"])
+
+
+def _tuples(value: object) -> object:
+    """JSON's lists back to tuples, all the way down."""
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
+
+
+def problem_of(window: Window, views: Mapping[str, View | None]) -> Problem:
+    """The problem posed by q, k, v and the optional rpb, additional_keys, additional_values.
+
+    Raises ValueError, naming argument, axis and numbers, for anything that is not a valid problem.
+    """
+    q, k, v = (_required(views, name) for name in ("q", "k", "v"))
+    rpb, keys, values = (views.get(n) for n in ("rpb", "additional_keys", "additional_values"))
+    rank = window.rank
+    if len(q.shape) != rank + 3:
+        raise ValueError(
+            f"q has {len(q.shape)} axes, {q.shape}; na{rank}d takes {rank + 3}: "
+            f"[batch, {', '.join(f'axis{a}' for a in range(rank))}, heads, head_dim]."
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; supported are {', '.join(DTYPES)}.")
+    if len(k.shape) != rank + 3 or len(v.shape) != rank + 3:
+        raise ValueError(f"k {k.shape} and v {v.shape} must have {rank + 3} axes, like q {q.shape}.")
+    if (keys is None) is not (values is None):
+        raise ValueError("additional_keys and additional_values go together: give both or neither.")
+    problem = Problem(
+        window,
+        batch=q.shape[0],
+        spatial=q.shape[1:-2],
+        heads=q.shape[-2],
+        heads_kv=k.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        extra=0 if keys is None else keys.shape[1] if len(keys.shape) == 4 else -1,
+        dtype=q.dtype,
+        rpb_dtype=None if rpb is None else rpb.dtype,
+    )
+    _check_sizes(problem)
+    if keys is not None and problem.extra < 1:
+        raise ValueError(f"additional_keys has shape {keys.shape}; it takes [batch, extra >= 1, heads_kv, head_dim].")
+    if rpb is not None and rpb.dtype not in ("float32", q.dtype):
+        raise ValueError(f"rpb has dtype {rpb.dtype}; it must be float32 or q's {q.dtype}.")
+    given = {"q": q, "k": k, "v": v, "rpb": rpb, "additional_keys": keys, "additional_values": values}
+    for name, view in given.items():
+        if view is not None:
+            check_operand(problem, name, view, q.device)
+    return problem
+
+
+def _required(views: Mapping[str, View | None], name: str) -> View:
+    view = views.get(name)
+    if view is None:
+        raise ValueError(f"{name} is None; it is required.")
+    return view
+
+
+def _check_sizes(problem: Problem) -> None:
+    if problem.batch < 0:
+        raise ValueError(f"batch is {problem.batch}; it must not be negative.")
+    for axis, extent in enumerate(problem.spatial):
+        if extent < 1:
+            raise ValueError(f"extent {extent} on axis {axis} of the map {problem.spatial}; it must be at least 1.")
+    for name in ("heads", "heads_kv", "head_dim", "head_dim_v"):
+        if getattr(problem, name) < 1:
+            raise ValueError(f"{name} is {getattr(problem, name)}; it must be at least 1.")
+    if problem.heads % problem.heads_kv:
+        raise ValueError(
+            f"q has {problem.heads} heads and k has {problem.heads_kv}: heads must be a multiple of heads_kv."
+        )
+    problem.window.check_fits(problem.spatial)
+
+
+def check_operand(problem: Problem, name: str, view: View, device: Device) -> None:
+    """One operand against its problem: shape, dtype, device, a contiguous last axis."""
+    shape, dtype = problem.shapes[name], problem.dtype_of(name)
+    if view.shape != shape:
+        axis = next((a for a, (x, y) in enumerate(zip(view.shape, shape, strict=False)) if x != y), len(shape))
+        raise ValueError(f"{name} has shape {view.shape}, expected {shape} (they differ on axis {axis}).")
+    if view.dtype != dtype:
+        raise ValueError(f"{name} has dtype {view.dtype}, expected {dtype}. Convert it first.")
+    if view.device != device:
+        raise ValueError(f"{name} is on {view.device}, but q is on {device}. Move it first.")
+    if view.strides[-1] != 1 and view.shape[-1] > 1:
+        raise ValueError(
+            f"{name} has stride {view.strides[-1]} on its last axis (strides {view.strides}); the last axis "
+            f"must be contiguous. Other axes may be strided. Make a contiguous copy of {name}."
+        )
+
+
+def check_result(problem: Problem, name: str, view: View, device: Device) -> None:
+    """As `check_operand`, for memory that is written: no two elements may share an address."""
+    check_operand(problem, name, view, device)
+    for axis, (extent, stride) in enumerate(zip(view.shape, view.strides, strict=True)):
+        if extent > 1 and stride == 0:
+            raise ValueError(f"{name} has stride 0 on axis {axis}: it is a broadcast view, which cannot be written.")
+
+
+def call_of(direction: Direction, problem: Problem, views: Mapping[str, View | None]) -> Call:
+    """The call on these views. The strides of axes of size 1 are normalised, so that plans are shared."""
+    strides = tuple(
+        None
+        if (view := views.get(name)) is None
+        else tuple(s if n > 1 else 1 for s, n in zip(view.strides, view.shape, strict=True))
+        for name in OPERANDS[direction]
+    )
+    return Call(direction, problem, strides)
