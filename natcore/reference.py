@@ -41,8 +41,7 @@ def neighborhood(query: int, extent: int, kernel: int, stride: int, dilation: in
 
 
 def axis_mask(extent: int, kernel: int, stride: int, dilation: int, causal: bool) -> np.ndarray:
-    """bool [extent, extent]: may query i see key j on this axis?"""
-    mask = np.zeros((extent, extent), bool)
+    mask = np.zeros((extent, extent), bool)  # [query, key]
     for i in range(extent):
         start, end = neighborhood(i, extent, kernel, stride, dilation, causal)
         for j in range(i % dilation, extent, dilation):
