@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from natcore.views import ITEM_SIZES, Device, View
 
@@ -18,19 +18,31 @@ DTYPES = tuple(ITEM_SIZES)
 
 Direction = Literal["forward", "backward"]
 
+
+class Gradients(NamedTuple):
+    """What a backward returns; None for what the forward was not given."""
+
+    dq: Any
+    dk: Any
+    dv: Any
+    drpb: Any
+    d_additional_keys: Any
+    d_additional_values: Any
+
+
 #: The operands of a call, in the order in which pointers and strides are handed to a backend.
 OPERANDS: dict[str, tuple[str, ...]] = {
     "forward": ("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
     "backward": (
         *("d_out", "q", "k", "v", "out", "lse", "d_lse"),
         *("rpb", "additional_keys", "additional_values"),
-        *("dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
+        *Gradients._fields,
     ),
 }
 #: The operands that a call writes; all others are read only.
 RESULTS: dict[str, tuple[str, ...]] = {
     "forward": ("out", "lse"),
-    "backward": ("dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
+    "backward": Gradients._fields,
 }
 #: The gradient of each differentiable operand (those of out and lse come in, the others go out).
 GRADIENTS = {

@@ -10,22 +10,9 @@ Transformer" (CVPR 2023) and, for dilation, "Dilated Neighborhood Attention Tran
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from natcore.problem import Window
-
-
-class Gradients(NamedTuple):
-    """What a backward returns; None for what the forward was not given."""
-
-    dq: np.ndarray
-    dk: np.ndarray
-    dv: np.ndarray
-    drpb: np.ndarray | None
-    d_additional_keys: np.ndarray | None
-    d_additional_values: np.ndarray | None
+from natcore.problem import Gradients, Window
 
 
 def neighborhood(query: int, extent: int, kernel: int, stride: int, dilation: int, causal: bool) -> tuple[int, int]:
