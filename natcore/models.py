@@ -27,6 +27,7 @@ class NATConfig:
     in_chans: int = 3
     num_classes: int = 1000
     drop_rate: float = 0.0  # after the patch embedding and after every projection
+    features_only: bool = False  # one normed map per stage (norm0, norm1, ...) in place of norm and head
 
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.num_heads):
