@@ -38,6 +38,7 @@ def axis_mask(extent: int, kernel: int, stride: int, dilation: int, causal: bool
 
 def window_mask(window: Window, spatial: tuple[int, ...]) -> np.ndarray:
     """bool [queries, keys], both in row-major order of the map: the AND over the axes."""
+    window.check_fits(spatial)
     mask = np.ones((1, 1), bool)
     for extent, *axis in zip(
         spatial, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True

@@ -70,7 +70,7 @@ CASES = [
     Case("blocked_stride_is_kernel", (12, 14), 4, stride=4),
     Case("causal", (19,), 6, is_causal=True, rpb="float32"),
     Case("causal_stride", (23,), 7, stride=3, is_causal=True, rpb="float32"),
-    Case("causal_mix", (7, 9), (4, 5), stride=(1, 2), dilation=(1, 2), is_causal=(True, False), head_dim=16),
+    Case("causal_mix", (7, 11), (4, 5), stride=(1, 2), dilation=(1, 2), is_causal=(True, False), head_dim=16),
     Case("long_1d", (257,), 127, head_dim=24, head_dim_v=24),
     Case("video", (5, 7, 8), (3, 5, 3), dilation=(1, 1, 2), rpb="float32", head_dim=16, head_dim_v=16),
     Case("video_causal", (6, 5, 5), (4, 3, 3), stride=(2, 1, 1), is_causal=(True, False, False)),
