@@ -296,7 +296,7 @@ def check_operand(problem: Problem, name: str, view: View, device: Device) -> No
         raise ValueError(f"{name} has dtype {view.dtype}, expected {dtype}. Convert it first.")
     if view.device != device:
         raise ValueError(f"{name} is on {view.device}, but q is on {device}. Move it first.")
-    if view.strides[-1] != 1 and view.shape[-1] > 1:
+    if view.strides[-1] != 1 and view.shape[-1] > 1 and view.size > 0:
         raise ValueError(
             f"{name} has stride {view.strides[-1]} on its last axis (strides {view.strides}); the last axis "
             f"must be contiguous. Other axes may be strided. Make a contiguous copy of {name}."
@@ -307,7 +307,7 @@ def check_result(problem: Problem, name: str, view: View, device: Device) -> Non
     """As `check_operand`, for memory that is written: no two elements may share an address."""
     check_operand(problem, name, view, device)
     for axis, (extent, stride) in enumerate(zip(view.shape, view.strides, strict=True)):
-        if extent > 1 and stride == 0:
+        if extent > 1 and stride == 0 and view.size > 0:
             raise ValueError(f"{name} has stride 0 on axis {axis}: it is a broadcast view, which cannot be written.")
 
 
