@@ -1,0 +1,1 @@
+"""Measurements of natcore beside its peers. Nothing in the packages imports this."""

@@ -1,0 +1,113 @@
+"""natcore as the benchmarks call it: the bare kernels on preallocated memory, and torch_nat around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Bound, Implementation, Inputs, differentiable
+from benchmarks.shapes import Row
+from natcore import backends
+from natcore.arrays import kind_of
+from natcore.problem import OPERANDS, RESULTS, Direction, call_of, problem_of
+from natcore.views import View
+
+_ALIGNMENT = 256
+
+
+def _view(name: str, tensor: Tensor) -> View:
+    stream = torch.cuda.current_stream().cuda_stream if tensor.is_cuda else None
+    return kind_of(name, tensor).read(name, tensor, stream).view
+
+
+def _packed(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """[batch, *spatial, 3, heads, d], and q, k, v (or their gradients) as views of it."""
+    whole = torch.stack(tensors, dim=-3)
+    return whole, list(whole.unbind(-3))
+
+
+def _executable(direction: Direction, row: Row, arrays: dict[str, Tensor]) -> Callable[[], None]:
+    """The prepared call on these arrays; a fresh lookup of nothing: pointers and stream are fixed."""
+    views = {name: _view(name, array) for name, array in arrays.items()}
+    problem = problem_of(row.window, views)
+    device = arrays["q"].device
+    executable = backends.prepare(call_of(direction, problem, views), views["q"].device)
+    scratch = torch.empty(executable.workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=device)
+    workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    pointers = [views[name].ptr if name in views else 0 for name in OPERANDS[direction]]
+
+    def run(keep: tuple = (scratch, arrays)) -> None:
+        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
+        executable(pointers, problem.default_scale, stream, workspace)
+
+    return run
+
+
+def bind_kernels(row: Row, inputs: Inputs, packed: bool) -> Bound:
+    """Forward (with LSE) and backward (every gradient) on memory allocated here, once."""
+    arrays = {name: x for name, x in inputs._asdict().items() if x is not None}
+    problem = problem_of(row.window, {name: _view(name, x) for name, x in arrays.items() if name != "d_out"})
+    options = {"device": inputs.q.device}
+    for name in (*RESULTS["forward"], *RESULTS["backward"]):
+        if problem.has(name):
+            kind = getattr(torch, problem.dtype_of(name))
+            arrays[name] = torch.empty(problem.shapes[name], dtype=kind, **options)
+    if packed:
+        for names in (("q", "k", "v"), ("dq", "dk", "dv")):
+            arrays |= dict(zip(names, _packed([arrays[name] for name in names])[1], strict=True))
+    only = {d: {n: x for n, x in arrays.items() if n in OPERANDS[d]} for d in ("forward", "backward")}
+    run_forward = _executable("forward", row, only["forward"])
+    run_backward = _executable("backward", row, only["backward"])
+    gradients = tuple(arrays["d" + name] for name in ("q", "k", "v", "rpb") if name in arrays)
+
+    def forward() -> Tensor:
+        run_forward()
+        return arrays["out"]
+
+    def both() -> tuple[Tensor, ...]:
+        run_forward()
+        run_backward()
+        return gradients
+
+    return Bound(forward, both, lambda x: x)
+
+
+def bind_torch(row: Row, inputs: Inputs, packed: bool) -> Bound:
+    import torch_nat
+
+    w = row.window
+    arguments = {n: getattr(w, n) for n in ("kernel_size", "stride", "dilation", "is_causal")}
+    function = getattr(torch_nat, f"na{row.rank}d" + ("_qkvpacked" if packed else ""))
+    tensors = [_packed(list(inputs[:3]))[0]] if packed else list(inputs[:3])
+    count = len(tensors)
+    if inputs.rpb is not None:
+        tensors.append(inputs.rpb)
+
+    def attention(*given: Tensor) -> Tensor:
+        return function(*given[:count], rpb=given[count] if len(given) > count else None, **arguments)
+
+    forward, both = differentiable(attention, tensors, inputs.d_out)
+
+    def unpacked() -> tuple[Tensor, ...]:
+        first, *rest = both()
+        return (*first.unbind(-3), *rest)
+
+    return Bound(forward, unpacked if packed else both, lambda x: x)
+
+
+def _any(row: Row) -> bool:
+    return True
+
+
+OURS = [
+    Implementation("natcore", _any, lambda row, inputs: bind_kernels(row, inputs, False)),
+    Implementation(
+        "natcore, packed qkv", lambda row: row.can_pack, lambda row, inputs: bind_kernels(row, inputs, True)
+    ),
+    Implementation("torch_nat", _any, lambda row, inputs: bind_torch(row, inputs, False)),
+    Implementation(
+        "torch_nat, packed qkv", lambda row: row.can_pack, lambda row, inputs: bind_torch(row, inputs, True)
+    ),
+]
