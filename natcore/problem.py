@@ -311,6 +311,15 @@ def check_result(problem: Problem, name: str, view: View, device: Device) -> Non
             raise ValueError(f"{name} has stride 0 on axis {axis}: it is a broadcast view, which cannot be written.")
 
 
+def check_packed(rank: int, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``shape`` is that of a packed qkv."""
+    if len(shape) != rank + 4 or shape[-3] != 3:
+        raise ValueError(
+            f"qkv has shape {tuple(shape)}; na{rank}d_qkvpacked takes {rank + 4} axes, "
+            f"[batch, {', '.join(f'axis{a}' for a in range(rank))}, 3, heads, head_dim]."
+        )
+
+
 def call_of(direction: Direction, problem: Problem, views: Mapping[str, View | None]) -> Call:
     """The call on these views. The strides of axes of size 1 are normalised, so that plans are shared."""
     strides = tuple(
