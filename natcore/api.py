@@ -24,6 +24,7 @@ from natcore.problem import (
     Window,
     call_of,
     check_operand,
+    check_packed,
     check_result,
     problem_of,
 )
@@ -133,11 +134,7 @@ def _window_arguments(rank: int, *arguments: Any) -> tuple:
 def _split_packed(rank: int, packed: Borrowed) -> dict[str, Borrowed]:
     """q, k and v as views inside qkv [batch, *spatial, 3, heads, head_dim]."""
     view = packed.view
-    if len(view.shape) != rank + 4 or view.shape[-3] != 3:
-        raise ValueError(
-            f"qkv has shape {view.shape}; na{rank}d_qkvpacked takes {rank + 4} axes, "
-            f"[batch, {', '.join(f'axis{a}' for a in range(rank))}, 3, heads, head_dim]."
-        )
+    check_packed(rank, view.shape)
     shape, strides = ((*x[:-3], *x[-2:]) for x in (view.shape, view.strides))
     step = view.strides[-3] * ITEM_SIZES.get(view.dtype, 0)
     return {

@@ -151,9 +151,12 @@ class JaxKind(_DLPackKind):
     def __init__(self, jax: Any):
         self._jax = jax
 
-    def read(self, name: str, array: Any, stream: int | None) -> Borrowed:
+    def device(self, name: str, array: Any) -> Device:
         if isinstance(array, self._jax.core.Tracer):
             raise TypeError(f"{name} is traced by JAX; under jit, grad or vmap call jax_nat instead of natcore.")
+        return super().device(name, array)
+
+    def read(self, name: str, array: Any, stream: int | None) -> Borrowed:
         borrowed = super().read(name, array, stream)
         return borrowed._replace(read_only=True)
 
