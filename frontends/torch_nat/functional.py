@@ -1,0 +1,263 @@
+"""na1d, na2d, na3d and their packed forms, on torch tensors.
+
+Two ways lead to the kernels. Plain eager calls go straight to `launch`, through an autograd.Function
+where a gradient is needed: microseconds count there. Whenever something looks on that must see an
+operation (compilation, tracing, functorch, a mode, a tensor subclass, autocast), the call goes through
+the dispatcher (`ops`). Both have the same numbers and the same errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+from natcore.planning import Config
+from natcore.problem import Window
+from torch_nat import launch, ops, transforms  # noqa: F401  (transforms registers vmap and autocast)
+
+PerAxis = int | Sequence[int]
+PerAxisFlag = bool | Sequence[bool]
+_C = torch._C
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def na2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: PerAxis,
+    *,
+    stride: PerAxis = 1,
+    dilation: PerAxis = 1,
+    is_causal: PerAxisFlag = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """2-D neighbourhood attention (Hassani et al., CVPR 2023; dilation: arXiv 2209.15001).
+
+    Args:
+        q: ``[batch, height, width, heads, head_dim]``; float64, float32, float16 or bfloat16. Any
+            strides with a contiguous last axis are read in place.
+        k: ``[batch, height, width, heads_kv, head_dim]``; heads must be a multiple of heads_kv.
+        v: ``[batch, height, width, heads_kv, head_dim_v]``.
+        kernel_size: window size, an int or one per axis; kernel_size * dilation <= extent.
+        stride: neighbouring queries that share a window; at most kernel_size.
+        dilation: distance between neighbouring keys of a window.
+        is_causal: per axis, whether keys after the query are hidden.
+        scale: of q . k; head_dim ** -0.5 by default.
+        rpb: relative positional bias ``[heads, 2 * k0 - 1, 2 * k1 - 1]``, float32 or q's dtype, added
+            unscaled.
+        additional_keys: ``[batch, extra, heads_kv, head_dim]``, seen by every query.
+        additional_values: ``[batch, extra, heads_kv, head_dim_v]``.
+        return_lse: also return the log-sum-exp of the scores; gradients flow through it.
+        config: an explicit kernel choice; the planner's own by default.
+
+    Returns:
+        ``[batch, height, width, heads, head_dim_v]`` in q's dtype and, if asked for, the LSE
+        ``[batch, height, width, heads]`` in float32 (float64 for float64). Differentiable once with
+        respect to every tensor.
+
+    Raises:
+        ValueError: for anything that is not a valid problem, with the numbers.
+        NotImplementedError: for what the device cannot run, and for derivatives of derivatives.
+    """
+    window = (kernel_size, stride, dilation, is_causal)
+    return _call(2, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+
+
+def na1d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: PerAxis,
+    *,
+    stride: PerAxis = 1,
+    dilation: PerAxis = 1,
+    is_causal: PerAxisFlag = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """1-D neighbourhood attention on ``[batch, length, heads, head_dim]``; otherwise as `na2d`."""
+    window = (kernel_size, stride, dilation, is_causal)
+    return _call(1, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+
+
+def na3d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: PerAxis,
+    *,
+    stride: PerAxis = 1,
+    dilation: PerAxis = 1,
+    is_causal: PerAxisFlag = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """3-D neighbourhood attention on ``[batch, depth, height, width, heads, head_dim]``; otherwise as `na2d`."""
+    window = (kernel_size, stride, dilation, is_causal)
+    return _call(3, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+
+
+def na2d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: PerAxis,
+    *,
+    stride: PerAxis = 1,
+    dilation: PerAxis = 1,
+    is_causal: PerAxisFlag = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`na2d` on one ``[batch, height, width, 3, heads, head_dim]``, as a linear layer makes it.
+
+    Nothing is copied on the way in, and the gradient is written directly as one tensor of this shape.
+    """
+    window = (kernel_size, stride, dilation, is_causal)
+    return _call(2, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+
+
+def na1d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: PerAxis,
+    *,
+    stride: PerAxis = 1,
+    dilation: PerAxis = 1,
+    is_causal: PerAxisFlag = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`na1d` on one ``[batch, length, 3, heads, head_dim]``; otherwise as `na2d_qkvpacked`."""
+    window = (kernel_size, stride, dilation, is_causal)
+    return _call(1, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+
+
+def na3d_qkvpacked(
+    qkv: Tensor,
+    kernel_size: PerAxis,
+    *,
+    stride: PerAxis = 1,
+    dilation: PerAxis = 1,
+    is_causal: PerAxisFlag = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+    config: Config | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`na3d` on one ``[batch, depth, height, width, 3, heads, head_dim]``; otherwise as `na2d_qkvpacked`."""
+    window = (kernel_size, stride, dilation, is_causal)
+    return _call(3, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+
+
+def _call(rank, leading, extras, window_arguments, scale, return_lse, config):
+    """Shared by all six: ``leading`` is (q, k, v) or (qkv,), ``extras`` what may be None."""
+    tensors = leading + extras
+    if torch.compiler.is_compiling():
+        lists = [_per_axis(rank, argument) for argument in window_arguments]
+        out, lse = _operation(leading)(*tensors, *lists, scale, ops.encode_config(config))
+        return (out, lse) if return_lse else out
+    if not _is_plain(tensors):
+        _check_tensors(leading, extras)
+        window = launch.window_of(rank, *window_arguments)
+        out, lse = _operation(leading)(*tensors, *ops.window_arguments(window, scale, config))
+        return (out, lse) if return_lse else out
+    window = launch.window_of(rank, *window_arguments)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        out, lse = _Attention.apply(window, scale, config, *tensors)
+    else:
+        q, k, v = leading if len(leading) == 3 else launch.split_packed(rank, leading[0])
+        out, lse = launch.forward(window, scale, config, return_lse, q, k, v, *extras)
+    return (out, lse) if return_lse else out
+
+
+def _operation(leading: tuple[Tensor, ...]):
+    return torch.ops.natcore.attention if len(leading) == 3 else torch.ops.natcore.attention_packed
+
+
+def _per_axis(rank: int, argument: Any) -> list:
+    """For a compiler to trace; the operation itself checks the entries."""
+    return [argument] * rank if isinstance(argument, int) else list(argument)
+
+
+def _is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether nobody but autograd looks on, so that the dispatcher may be left out."""
+    if (
+        _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._are_functorch_transforms_active()
+        or _C._is_any_autocast_enabled()
+        or _C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES or not (tensor.is_cuda or tensor.is_cpu) or tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def _check_tensors(leading: tuple, extras: tuple) -> None:
+    """Raises TypeError for what is no tensor, NotImplementedError for forward-mode differentiation."""
+    names = ("q", "k", "v") if len(leading) == 3 else ("qkv",)
+    given = zip((*names, "rpb", "additional_keys", "additional_values"), (*leading, *extras), strict=True)
+    for name, tensor in given:
+        if tensor is None and name not in names:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; torch_nat takes torch tensors, natcore other arrays.")
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} carries a tangent: forward-mode differentiation is not supported; use reverse mode."
+            )
+
+
+class _Attention(torch.autograd.Function):
+    """The gradient of a plain eager call; the dispatcher's counterpart is in `ops`."""
+
+    @staticmethod
+    def forward(ctx: Any, window: Window, scale: float | None, config: Config | None, *tensors: Tensor | None):
+        ctx.call, ctx.packed = (window, scale, config), len(tensors) == 4
+        ctx.set_materialize_grads(False)
+        *leading, rpb, keys, values = tensors
+        q, k, v = launch.split_packed(window.rank, leading[0]) if ctx.packed else leading
+        out, lse = launch.forward(window, scale, config, True, q, k, v, rpb, keys, values)
+        ctx.save_for_backward(*tensors, out, lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None):
+        *leading, rpb, keys, values, out, lse = ctx.saved_tensors
+        q, k, v = launch.split_packed(ctx.call[0].rank, leading[0]) if ctx.packed else leading
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        saved = (d_out, q, k, v, out, lse, d_lse, rpb, keys, values)
+        return None, None, None, *launch.backward(*ctx.call, *saved, packed=ctx.packed)

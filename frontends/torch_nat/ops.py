@@ -1,0 +1,164 @@
+"""The operations as torch's dispatcher knows them: torch.ops.natcore.*.
+
+Four operations, forward and backward, each also in the form that takes one packed qkv. Registered for
+each: CPU and CUDA kernels, shapes (fake tensors, meta), autograd, vmap, autocast. The public functions
+come here whenever something other than plain eager execution looks on (see functional.py).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natcore.planning import Config
+from natcore.problem import Window, problem_of
+from torch_nat import launch
+
+_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float? scale, str? config"
+_EXTRAS = "Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
+_EXTRA_GRADIENTS = "Tensor drpb, Tensor d_additional_keys, Tensor d_additional_values"
+_SAVED = "Tensor out, Tensor lse, Tensor? d_lse"
+
+#: An absent optional gradient comes back as an empty tensor, since a schema cannot return Tensor?.
+SCHEMAS = {
+    "attention": f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_WINDOW}) -> (Tensor out, Tensor lse)",
+    "attention_backward": (
+        f"(Tensor d_out, Tensor q, Tensor k, Tensor v, {_SAVED}, {_EXTRAS}, {_WINDOW}) "
+        f"-> (Tensor dq, Tensor dk, Tensor dv, {_EXTRA_GRADIENTS})"
+    ),
+    "attention_packed": f"(Tensor qkv, {_EXTRAS}, {_WINDOW}) -> (Tensor out, Tensor lse)",
+    "attention_packed_backward": (
+        f"(Tensor d_out, Tensor qkv, {_SAVED}, {_EXTRAS}, {_WINDOW}) -> (Tensor dqkv, {_EXTRA_GRADIENTS})"
+    ),
+}
+
+LIBRARY = torch.library.Library("natcore", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+def window_arguments(window: Window, scale: float | None, config: Config | None) -> tuple:
+    """The trailing arguments of every operation."""
+    lists = (list(x) for x in (window.kernel_size, window.stride, window.dilation, window.is_causal))
+    return (*lists, scale, encode_config(config))
+
+
+def encode_config(config: Config | None) -> str | None:
+    """ "kernel:name=value,name=value", since a schema knows no such type."""
+    if config is None:
+        return None
+    return config.kernel + ":" + ",".join([f"{name}={value}" for name, value in config.options])
+
+
+@lru_cache(maxsize=256)
+def decode_config(text: str | None) -> Config | None:
+    if text is None:
+        return None
+    kernel, _, options = text.partition(":")
+    pairs = (option.split("=") for option in options.split(",") if option)
+    return Config(kernel, tuple((name, int(value)) for name, value in pairs))
+
+
+def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> Window:
+    return launch.window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+
+
+# CPU and CUDA kernels.
+
+
+def _attention(q, k, v, rpb, keys, values, kernel_size, stride, dilation, is_causal, scale, config):
+    window = _window(kernel_size, stride, dilation, is_causal)
+    return launch.forward(window, scale, decode_config(config), True, q, k, v, rpb, keys, values)
+
+
+def _attention_packed(qkv, rpb, keys, values, kernel_size, *window):
+    return _attention(*launch.split_packed(len(kernel_size), qkv), rpb, keys, values, kernel_size, *window)
+
+
+def _gradients(d_out, q, k, v, saved, extras, kernel_size, stride, dilation, is_causal, scale, config, packed):
+    window = _window(kernel_size, stride, dilation, is_causal)
+    gradients = launch.backward(window, scale, decode_config(config), d_out, q, k, v, *saved, *extras, packed=packed)
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _attention_backward(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, *window):
+    return _gradients(d_out, q, k, v, (out, lse, d_lse), (rpb, keys, values), *window, packed=False)
+
+
+def _attention_packed_backward(d_out, qkv, out, lse, d_lse, rpb, keys, values, kernel_size, *window):
+    qkv = launch.split_packed(len(kernel_size), qkv)
+    return _gradients(d_out, *qkv, (out, lse, d_lse), (rpb, keys, values), kernel_size, *window, packed=True)
+
+
+# Shapes alone. The checks are those of the kernels, so that a bad problem fails when it is traced.
+
+
+def _attention_fake(q, k, v, rpb, keys, values, kernel_size, stride, dilation, is_causal, *_):
+    given = {"q": q, "k": k, "v": v, "rpb": rpb, "additional_keys": keys, "additional_values": values}
+    views = {name: None if t is None else launch.view_of(name, launch.describe(t)) for name, t in given.items()}
+    problem_of(Window.of(len(kernel_size), kernel_size, stride, dilation, is_causal), views)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=lse_dtype)
+
+
+def _attention_packed_fake(qkv, rpb, keys, values, kernel_size, *window):
+    return _attention_fake(*launch.split_packed(len(kernel_size), qkv), rpb, keys, values, kernel_size, *window)
+
+
+def _attention_backward_fake(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, *_):
+    extras = (d_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in (rpb, keys, values))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *extras
+
+
+def _attention_packed_backward_fake(d_out, qkv, out, lse, d_lse, rpb, keys, values, *_):
+    extras = (d_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in (rpb, keys, values))
+    return qkv.new_empty(qkv.shape), *extras
+
+
+# Autograd. One pair of functions serves both forms: ``leading`` counts q, k, v or qkv.
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.window = inputs[:-6], inputs[-6:]
+    ctx.set_materialize_grads(False)  # a loss that does not use the LSE gives no d_lse
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _formula(operation: str, leading: int):
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        run = getattr(torch.ops.natcore, operation)
+        gradients = run(d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:], *ctx.window)
+        given = (None if tensor is None else gradient for tensor, gradient in zip(tensors, gradients, strict=True))
+        return *given, *(None for _ in ctx.window)
+
+    return backward
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(DOUBLE_BACKWARD)
+
+
+DOUBLE_BACKWARD = (
+    "the gradient of neighbourhood attention cannot be differentiated again (double backward). "
+    "Detach it, or take second derivatives through dense attention with a mask."
+)
+
+
+def _register() -> None:
+    for name in SCHEMAS:
+        kernel, fake = globals()[f"_{name}"], globals()[f"_{name}_fake"]
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, kernel, key)
+        torch.library.register_fake(f"natcore::{name}", fake, lib=LIBRARY)
+    for name, leading in (("attention", 3), ("attention_packed", 1)):
+        backward = _formula(f"{name}_backward", leading)
+        torch.library.register_autograd(f"natcore::{name}", backward, setup_context=_setup_context, lib=LIBRARY)
+        torch.library.register_autograd(f"natcore::{name}_backward", _no_double_backward, lib=LIBRARY)
+
+
+_register()
