@@ -1,0 +1,23 @@
+// Copies from global to shared memory that bypass registers (sm_80 and later).
+#pragma once
+
+// 16 bytes; both addresses 16-byte aligned. Where not `present`, zeros are written and nothing is read
+// (the global address must still be a valid one). Caches in L2 only.
+__device__ __forceinline__ void cp_async_16(unsigned shared, const void* global, bool present) {
+  const int bytes = present ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+// Closes the group of this thread's copies since the last commit.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's latest groups are still under way.
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Arrives on a barrier of shared memory when all of this thread's earlier copies have landed.
+__device__ __forceinline__ void cp_async_arrive(unsigned barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}

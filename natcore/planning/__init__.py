@@ -1,0 +1,91 @@
+"""Choosing how to run a call: pure functions from (call, device facts) to a plan. No GPU needed.
+
+`plan_for` is the door. A `Candidate` is one way to run calls; to add one, write its module beside
+`general` and put its CANDIDATE into `CANDIDATES`, before those that it should be preferred to.
+"""
+
+from __future__ import annotations
+
+from natcore.planning import general
+from natcore.planning.plan import (
+    Candidate,
+    Config,
+    Constant,
+    DeviceFacts,
+    KernelInfo,
+    KernelSpec,
+    Launch,
+    Operand,
+    Param,
+    Plan,
+    Scale,
+    Workspace,
+    facts_for_arch,
+)
+from natcore.problem import Call
+
+__all__ = [
+    "CANDIDATES",
+    "Candidate",
+    "Config",
+    "Constant",
+    "DeviceFacts",
+    "KernelInfo",
+    "KernelSpec",
+    "Launch",
+    "Operand",
+    "Param",
+    "Plan",
+    "Scale",
+    "Workspace",
+    "candidates",
+    "choose",
+    "facts_for_arch",
+    "kernel_info",
+    "plan_for",
+]
+
+#: Every way to run a call, the preferred first. The general kernels, last, take every valid problem.
+CANDIDATES: tuple[Candidate, ...] = (general.CANDIDATE,)
+
+
+def candidates(call: Call, facts: DeviceFacts) -> tuple[Candidate, ...]:
+    """The candidates that can run the call on the GPU, the preferred first."""
+    return tuple(c for c in CANDIDATES if c.refusal(call, facts) is None)
+
+
+def choose(call: Call, facts: DeviceFacts, config: Config | None = None) -> Candidate:
+    """The candidate named by ``config``, or else the preferred one.
+
+    Raises ValueError for an unknown name and NotImplementedError, with the reason, where the named
+    candidate (or, without a config, every candidate) cannot run the call.
+    """
+    if config is None:
+        able = candidates(call, facts)
+        if able:
+            return able[0]
+        raise NotImplementedError(CANDIDATES[-1].refusal(call, facts))
+    named = {c.name: c for c in CANDIDATES}
+    if config.kernel not in named:
+        raise ValueError(f"config names the kernel {config.kernel!r}; there are {', '.join(named)}.")
+    refusal = named[config.kernel].refusal(call, facts)
+    if refusal is not None:
+        raise NotImplementedError(f"kernel {config.kernel!r} cannot run this call: {refusal}")
+    return named[config.kernel]
+
+
+def plan_for(call: Call, facts: DeviceFacts, config: Config | None = None) -> Plan:
+    """How to run the call on the GPU. Raises as `choose` does, and ValueError for an unknown option."""
+    candidate = choose(call, facts, config)
+    options = dict(config.options) if config is not None else {}
+    unknown = sorted(set(options) - set(candidate.options))
+    if unknown:
+        raise ValueError(
+            f"config for {candidate.name!r} has the unknown options {unknown}; it takes {sorted(candidate.options)}."
+        )
+    return candidate.plan(call, facts, options)
+
+
+def kernel_info(name: str) -> KernelInfo:
+    """What the kernel of this name declares about itself."""
+    return {info.name: info for candidate in CANDIDATES for info in candidate.kernels}[name]
