@@ -112,7 +112,8 @@ class Run:
         try:
             self._fill(figure, row, implementation)
         except Exception as error:  # noqa: BLE001 - one that fails must not end the run: its error is its figure
-            figure.error = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:160]
+            message = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+            figure.error = message.splitlines()[0][:160].replace("|", "/")  # a bar would end the table's cell
         gc.collect()
         if self.clock.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
 """The peers that natcore is measured beside. Each is given its own favourite layout.
 
 - sdpa: full self attention through torch's scaled_dot_product_attention. Same tensors, more keys.
-- swin: blocked attention, windows of the row's kernel size, through SDPA. Same bytes, a cheaper pattern: windows
-  do not overlap and are contiguous already. swin-bias adds the relative position bias as Swin's code does: gathered
-  from its table, passed as a mask.
+- swin: blocked attention, windows of the row's kernel size. Same bytes, a cheaper pattern: windows do not overlap and
+  are contiguous already. Through SDPA without a bias; with the relative position bias as Swin's own code writes it
+  (products, softmax and sum one by one); and with that bias as SDPA's mask, which is slower.
 - flex: compiled FlexAttention with the neighbourhood as its block mask. Same semantics, no bias.
 - natten: NATTEN's fused kernels, the fastest of its backends. Same semantics, no bias.
 """
@@ -123,16 +123,22 @@ def map_of(x: Tensor, size: Axes, spatial: Axes) -> Tensor:
     return x.permute(0, *axes, rank + 1, 2 * rank + 2).reshape(-1, *spatial, x.shape[rank + 1], x.shape[-1])
 
 
-def bind_swin(row: Row, inputs: Inputs, bias: bool) -> Bound:
+def bind_swin(row: Row, inputs: Inputs, kind: str) -> Bound:
+    """``kind``: "plain" (SDPA, no bias), "mask" (SDPA, the bias as its mask) or "written" (no SDPA, as Swin's code)."""
     size, gqa = row.window.kernel_size, bool(row.heads_kv)
     tensors = [windows_of(x, size) for x in inputs[:3]]
     index = torch.from_numpy(rpb_index(Window.of(row.rank, size), size)).to(inputs.q.device)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
-        mask = None if table is None else table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)[None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        if table is None:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+        bias = table[index.flatten()].view(*index.shape, -1).permute(2, 0, 1).contiguous()[None]
+        if kind == "mask":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=gqa)
+        scores = (q * row.head_dim**-0.5) @ k.transpose(-2, -1)
+        return (scores + bias).softmax(-1) @ v
 
-    if bias:  # Swin keeps its table as [entries, heads] in the model's dtype
+    if kind != "plain":  # Swin keeps its table as [entries, heads] in the model's dtype
         table = inputs.q.new_zeros(row.heads, *row.window.rpb_shape) if inputs.rpb is None else inputs.rpb
         tensors.append(table.flatten(1).T.to(inputs.q.dtype).contiguous())
     return Bound(
@@ -239,12 +245,16 @@ def _peers() -> dict[str, list[Implementation]]:
     return {
         "sdpa": [Implementation("full self attention (SDPA)", lambda row: True, bind_sdpa)],
         "swin": [
-            Implementation(
-                f"Swin windows through SDPA, {'with' if bias else 'no'} bias",
-                _blocks_exactly,
-                lambda row, inputs, bias=bias: bind_swin(row, inputs, bias),
+            Implementation(name, applies, lambda row, inputs, kind=kind: bind_swin(row, inputs, kind))
+            for name, applies, kind in (
+                ("Swin windows through SDPA, no bias", _blocks_exactly, "plain"),
+                (
+                    "Swin windows as Swin is written, with bias",
+                    lambda row: _blocks_exactly(row) and not row.heads_kv,
+                    "written",
+                ),
+                ("Swin windows through SDPA, bias as its mask", _blocks_exactly, "mask"),
             )
-            for bias in (False, True)
         ],
         "natten": [
             Implementation(

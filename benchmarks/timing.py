@@ -51,7 +51,8 @@ class Clock(Protocol):
     device: torch.device
 
     def time(self, work: Work, seconds: float = 0.15) -> Timing:
-        """Median over as many repetitions (1 to 48) as fit in ``seconds`` of the device's time."""
+        """Median over as many repetitions (3 to 48) as fit in ``seconds`` of the device's time; a call of more than
+        a second is timed once."""
         ...
 
     def empty(self) -> Timing:
@@ -64,7 +65,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def repetitions(seconds_each: float, seconds: float) -> int:
-    return max(1, min(3 * _BATCH, int(seconds / max(seconds_each, 1e-9))))
+    return 1 if seconds_each > 1 else max(3, min(3 * _BATCH, int(seconds / max(seconds_each, 1e-9))))
 
 
 class CudaClock:
@@ -78,7 +79,7 @@ class CudaClock:
     def time(self, work: Work, seconds: float = 0.15) -> Timing:
         host, device = self._estimate(work)
         remaining = repetitions(device, seconds)
-        if device > 2:  # so slow that the estimate is as good as another call
+        if remaining == 1:  # so slow that the estimate is as good as another call
             return Timing.of([1e3 * device])
         samples, ahead = [], True
         while remaining:
