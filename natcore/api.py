@@ -8,7 +8,7 @@ made, in `natcore.arrays`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,12 +33,14 @@ from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
 PerAxis = int | Sequence[int]
 PerAxisFlag = bool | Sequence[bool]
 _ALIGNMENT = 256
+_INPUTS = OPERANDS["forward"][:6]
+_GRADIENTS = Gradients._fields
 
 
 class _Prepared(NamedTuple):
     problem: Problem
     executable: backends.Executable
-    fresh: tuple[tuple[str, tuple[int, ...], str], ...]  # results to allocate: name, shape, dtype
+    fresh: tuple[tuple[int, tuple[int, ...], str], ...]  # results to allocate: place, shape, dtype
 
 
 @lru_cache(maxsize=4096)
@@ -49,20 +51,19 @@ def _prepare(
     window = Window.of(*window_arguments)
     views = dict(zip(OPERANDS[direction], described, strict=True))
     problem = problem_of(window, views)
-    q = views["q"]
-    assert q is not None  # problem_of raised otherwise
+    device = next(view.device for view in described if view is not None)
     for name, view in views.items():
         if view is not None:
             check = check_result if name in RESULTS[direction] else check_operand
-            check(problem, name, view, q.device)
+            check(problem, name, view, device)
     fresh = tuple(
-        (name, problem.shapes[name], problem.dtype_of(name))
-        for name in RESULTS[direction]
-        if views[name] is None and problem.has(name)
+        (index, problem.shapes[name], problem.dtype_of(name))
+        for index, name in enumerate(OPERANDS[direction])
+        if name in RESULTS[direction] and views[name] is None and problem.has(name)
     )
-    for name, shape, dtype in fresh:
-        views[name] = View(0, shape, contiguous_strides(shape), dtype, q.device)
-    return _Prepared(problem, backends.prepare(call_of(direction, problem, views), q.device, config), fresh)
+    for index, shape, dtype in fresh:
+        views[OPERANDS[direction][index]] = View(0, shape, contiguous_strides(shape), dtype, device)
+    return _Prepared(problem, backends.prepare(call_of(direction, problem, views), device, config), fresh)
 
 
 class _Session(NamedTuple):
@@ -83,79 +84,63 @@ class _Session(NamedTuple):
             return cls(kind, q, device, None)
         return cls(kind, q, device, kind.current_stream(device) if stream is None else stream_handle(stream))
 
-    def read(self, name: str, array: Any) -> Borrowed:
-        return kind_of(name, array).read(name, array, self.stream)
+    def read(self, name: str, array: Any) -> Borrowed | None:
+        return None if array is None else kind_of(name, array).read(name, array, self.stream)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self.kind.empty(shape, dtype, self.like, self.device, self.stream)
+    def empty(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
+        """New memory and its address."""
+        array = self.kind.empty(shape, dtype, self.like, self.device, self.stream)
+        return array, self.kind.address(array)
 
 
 def _run(
     session: _Session,
     direction: Direction,
     window_arguments: tuple,
-    borrowed: Mapping[str, Borrowed | None],
+    operands: tuple[Borrowed | None, ...],
     scale: float | None,
     config: Config | None,
-) -> dict[str, Any]:
-    """Prepares and runs one call; returns the results that were allocated here, by name."""
-    names = OPERANDS[direction]
-    held = [borrowed.get(name) for name in names]
-    described = tuple(None if b is None else b.view._replace(ptr=0) for b in held)
-    prepared = _prepare(direction, window_arguments, described, config)
-    pointers = [0 if b is None else b.view.ptr for b in held]
-    results, keep = {}, []
-    for name, shape, dtype in prepared.fresh:
-        results[name] = session.empty(shape, dtype)
-        memory = session.kind.read(name, results[name], session.stream)
-        pointers[names.index(name)] = memory.view.ptr
-        keep.append(memory)
-    executable, workspace = prepared.executable, 0
+) -> list[Any]:
+    """Prepares and runs one call on operands in OPERANDS order; returns the arrays that were allocated
+    for absent results, at their places, None elsewhere."""
+    described = tuple([None if b is None else b.described for b in operands])
+    problem, executable, fresh = _prepare(direction, window_arguments, described, config)
+    pointers = [0 if b is None else b.ptr for b in operands]
+    results: list[Any] = [None] * len(pointers)
+    for index, shape, dtype in fresh:
+        results[index], pointers[index] = session.empty(shape, dtype)
+    workspace = 0
     if executable.workspace_bytes:
         words = -(-(executable.workspace_bytes + _ALIGNMENT) // ITEM_SIZES["float32"])
-        memory = session.kind.read("workspace", session.empty((words,), "float32"), session.stream)
-        workspace = -(-memory.view.ptr // _ALIGNMENT) * _ALIGNMENT
-        keep.append(memory)
-    executable(
-        pointers,
-        prepared.problem.default_scale if scale is None else float(scale),
-        session.stream or 0,
-        workspace,
-    )
+        _held, address = session.empty((words,), "float32")  # until the launch; then the stream's order protects it
+        workspace = -(-address // _ALIGNMENT) * _ALIGNMENT
+    executable(pointers, problem.default_scale if scale is None else float(scale), session.stream or 0, workspace)
     session.kind.finish(session.device, session.stream)
     return results
 
 
 def _window_arguments(rank: int, *arguments: Any) -> tuple:
     """Hashable: sequences become tuples."""
-    return (rank, *(tuple(a) if isinstance(a, Sequence) else a for a in arguments))
+    return (rank, *[tuple(a) if isinstance(a, Sequence) else a for a in arguments])
 
 
-def _split_packed(rank: int, packed: Borrowed) -> dict[str, Borrowed]:
+def _split_packed(rank: int, packed: Borrowed) -> tuple[Borrowed, ...]:
     """q, k and v as views inside qkv [batch, *spatial, 3, heads, head_dim]."""
-    view = packed.view
+    view = packed.described
     check_packed(rank, view.shape)
-    shape, strides = ((*x[:-3], *x[-2:]) for x in (view.shape, view.strides))
+    part = view._replace(shape=(*view.shape[:-3], *view.shape[-2:]), strides=(*view.strides[:-3], *view.strides[-2:]))
     step = view.strides[-3] * ITEM_SIZES.get(view.dtype, 0)
-    return {
-        name: packed._replace(view=view._replace(ptr=view.ptr + i * step, shape=shape, strides=strides))
-        for i, name in enumerate("qkv")
-    }
+    return tuple([Borrowed(packed.ptr + i * step, part, packed.read_only, packed.keep) for i in range(3)])
 
 
-def _forward(session, window_arguments, operands, scale, return_lse, out, config):
-    """Shared by the plain and the packed entry; ``operands`` holds what was read so far."""
-    if out is not None:
-        operands["out"] = session.read("out", out)
-        if operands["out"].read_only:
-            raise ValueError("out is read-only memory (JAX arrays always are); pass a writable array or None.")
-    results = _run(session, "forward", window_arguments, operands, scale, config)
-    answer = results["out"] if out is None else out
-    return (answer, results["lse"]) if return_lse else answer
-
-
-def _optional(session: _Session, arrays: dict[str, Any]) -> dict[str, Borrowed | None]:
-    return {name: None if array is None else session.read(name, array) for name, array in arrays.items()}
+def _forward(session, window_arguments, inputs, scale, return_lse, out, config):
+    """Shared by the plain and the packed entry; ``inputs`` is what was read of OPERANDS up to out."""
+    target = session.read("out", out)
+    if target is not None and target.read_only:
+        raise ValueError("out is read-only memory (JAX arrays always are); pass a writable array or None.")
+    results = _run(session, "forward", window_arguments, (*inputs, target, None), scale, config)
+    answer = results[-2] if out is None else out
+    return (answer, results[-1]) if return_lse else answer
 
 
 def _make_forward(rank: int):
@@ -166,12 +151,10 @@ def _make_forward(rank: int):
         stream: Any = None,
     ) -> Any:  # fmt: skip
         session = _Session.of("q", q, stream)
-        arrays = {
-            "q": q, "k": k, "v": v,
-            "rpb": rpb, "additional_keys": additional_keys, "additional_values": additional_values,
-        }  # fmt: skip
+        given = zip(_INPUTS, (q, k, v, rpb, additional_keys, additional_values), strict=True)
         window_arguments = _window_arguments(rank, kernel_size, stride, dilation, is_causal)
-        return _forward(session, window_arguments, _optional(session, arrays), scale, return_lse, out, config)
+        inputs = [session.read(name, array) for name, array in given]
+        return _forward(session, window_arguments, inputs, scale, return_lse, out, config)
 
     return _documented(attend, f"na{rank}d", _FORWARD_DOC, rank)
 
@@ -184,10 +167,11 @@ def _make_packed(rank: int):
         stream: Any = None,
     ) -> Any:  # fmt: skip
         session = _Session.of("qkv", qkv, stream)
-        optional = {"rpb": rpb, "additional_keys": additional_keys, "additional_values": additional_values}
-        operands = _split_packed(rank, session.read("qkv", qkv)) | _optional(session, optional)
+        given = zip(_INPUTS[3:], (rpb, additional_keys, additional_values), strict=True)
         window_arguments = _window_arguments(rank, kernel_size, stride, dilation, is_causal)
-        return _forward(session, window_arguments, operands, scale, return_lse, out, config)
+        packed = session.kind.read("qkv", qkv, session.stream)
+        inputs = [*_split_packed(rank, packed), *[session.read(name, array) for name, array in given]]
+        return _forward(session, window_arguments, inputs, scale, return_lse, out, config)
 
     return _documented(attend, f"na{rank}d_qkvpacked", _PACKED_DOC, rank)
 
@@ -200,16 +184,14 @@ def _make_backward(rank: int):
         stream: Any = None,
     ) -> Gradients:  # fmt: skip
         session = _Session.of("q", q, stream)
-        arrays = {
-            "d_out": d_out, "q": q, "k": k, "v": v, "out": out, "lse": lse, "d_lse": d_lse,
-            "rpb": rpb, "additional_keys": additional_keys, "additional_values": additional_values,
-        }  # fmt: skip
-        for name in ("d_out", "out", "lse"):
-            if arrays[name] is None:
+        arrays = (d_out, q, k, v, out, lse, d_lse, rpb, additional_keys, additional_values, *[None] * len(_GRADIENTS))
+        for name, array in (("d_out", d_out), ("out", out), ("lse", lse)):
+            if array is None:
                 raise ValueError(f"{name} is None; the backward needs it (call na{rank}d with return_lse=True).")
         window_arguments = _window_arguments(rank, kernel_size, stride, dilation, is_causal)
-        results = _run(session, "backward", window_arguments, _optional(session, arrays), scale, config)
-        return Gradients(*(results.get(name) for name in Gradients._fields))
+        operands = tuple([session.read(n, a) for n, a in zip(OPERANDS["backward"], arrays, strict=True)])
+        results = _run(session, "backward", window_arguments, operands, scale, config)
+        return Gradients(*results[-len(_GRADIENTS) :])
 
     return _documented(differentiate, f"na{rank}d_backward", _BACKWARD_DOC, rank)
 

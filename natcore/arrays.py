@@ -7,17 +7,21 @@ imported torch. `Borrowed` carries what must stay alive during the call.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from natcore import dlpack
-from natcore.views import Device, View
+from natcore.views import ITEM_SIZES, Device, View
 
 
 class Borrowed(NamedTuple):
-    view: View
+    """An array being read or written during one call."""
+
+    ptr: int
+    described: View  # its ptr is 0, so that it serves as a cache key
     read_only: bool
     keep: Any  # keeps the memory alive
 
@@ -32,7 +36,13 @@ class Kind(Protocol):
         another stream is waited for."""
         ...
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> Any: ...
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> Any:
+        """Uninitialised row-major memory on ``like``'s device, for use on ``stream``."""
+        ...
+
+    def address(self, fresh: Any) -> int:
+        """Where an array made by `empty` lies."""
+        ...
 
     def current_stream(self, device: Device) -> int: ...
 
@@ -58,7 +68,7 @@ class _DLPackKind:
         # DLPack numbers CUDA's legacy default stream 1; its 0 is ambiguous and forbidden.
         capsule = dlpack.export(array, 1 if stream == 0 else stream)
         view, read_only = dlpack.view(capsule, self.device(name, array))
-        return Borrowed(view, read_only, capsule)
+        return Borrowed(view.ptr, view._replace(ptr=0), read_only, capsule)
 
     def current_stream(self, device: Device) -> int:
         raise NotImplementedError(
@@ -77,17 +87,23 @@ class NumPyKind(_DLPackKind):
         return Device("cpu")
 
     def read(self, name: str, array: np.ndarray, stream: int | None) -> Borrowed:
-        item, dtype = array.itemsize, array.dtype
-        if not dtype.isnative:
-            raise ValueError(f"{name} has byte order {dtype.str}; natcore reads native order: use {name}.astype(...).")
-        if any(stride % item for stride in array.strides):
-            raise ValueError(f"{name} has strides of {array.strides} bytes, not multiples of its {item}-byte items.")
         address, read_only = array.__array_interface__["data"]
-        strides = tuple(stride // item for stride in array.strides)
-        return Borrowed(View(address, array.shape, strides, dtype.name, Device("cpu")), read_only, array)
+        return Borrowed(address, _describe_numpy(name, array.shape, array.strides, array.dtype), read_only, array)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> np.ndarray:
         return np.empty(shape, like.dtype if like.dtype.name == dtype else np.dtype(dtype))
+
+    def address(self, fresh: np.ndarray) -> int:
+        return fresh.__array_interface__["data"][0]
+
+
+@lru_cache(maxsize=4096)
+def _describe_numpy(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> View:
+    if not dtype.isnative:
+        raise ValueError(f"{name} has byte order {dtype.str}; natcore reads native order: use {name}.astype(...).")
+    if any(stride % dtype.itemsize for stride in strides):
+        raise ValueError(f"{name} has strides of {strides} bytes, not multiples of its {dtype.itemsize}-byte items.")
+    return View(0, shape, tuple(stride // dtype.itemsize for stride in strides), dtype.name, Device("cpu"))
 
 
 class TorchKind(_DLPackKind):
@@ -95,34 +111,42 @@ class TorchKind(_DLPackKind):
 
     def __init__(self, torch: Any):
         self._torch = torch
-        self._names = {getattr(torch, name): name for name in ("float64", "float32", "float16", "bfloat16")}
+        self._dtypes = {name: getattr(torch, name) for name in ITEM_SIZES}
+        self._current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
 
     def device(self, name: str, array: Any) -> Device:
-        device = array.device
-        if device.type not in ("cpu", "cuda"):
-            raise NotImplementedError(f"{name} is on {device}; natcore runs on cpu and cuda.")
-        return Device(device.type, device.index or 0)
+        return _torch_device(name, array.device)
 
     def read(self, name: str, array: Any, stream: int | None) -> Borrowed:
-        device = self.device(name, array)
-        foreign = stream is not None and stream != self.current_stream(device)
-        if array.requires_grad or array.is_neg() or foreign:
-            return super().read(name, array, stream)  # refuses, resolves or synchronises
-        dtype = self._names.get(array.dtype) or str(array.dtype).removeprefix("torch.")
-        return Borrowed(View(array.data_ptr(), tuple(array.shape), array.stride(), dtype, device), False, array)
+        described = _describe_torch(name, array.shape, array.stride(), array.dtype, array.device)
+        foreign = stream is not None and stream != self._current_stream(described.device.index)
+        if foreign or array.requires_grad or array.is_neg():
+            return super().read(name, array, stream)  # synchronises, refuses or resolves
+        return Borrowed(array.data_ptr(), described, False, array)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> Any:
-        with self._on(device, stream):
-            return self._torch.empty(shape, dtype=getattr(self._torch, dtype), device=like.device)
+        if stream is None or stream == self._current_stream(device.index):
+            return self._torch.empty(shape, dtype=self._dtypes[dtype], device=like.device)
+        with self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream, device.index)):
+            return self._torch.empty(shape, dtype=self._dtypes[dtype], device=like.device)
 
-    def _on(self, device: Device, stream: int | None) -> AbstractContextManager:
-        """Memory is handed out for use on one stream; make that the stream of the work."""
-        if stream is None or stream == self.current_stream(device):
-            return nullcontext()
-        return self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream, device.index))
+    def address(self, fresh: Any) -> int:
+        return fresh.data_ptr()
 
     def current_stream(self, device: Device) -> int:
-        return self._torch._C._cuda_getCurrentRawStream(device.index)
+        return self._current_stream(device.index)
+
+
+@lru_cache(maxsize=256)
+def _torch_device(name: str, device: Any) -> Device:
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"{name} is on {device}; natcore runs on cpu and cuda.")
+    return Device(device.type, device.index or 0)
+
+
+@lru_cache(maxsize=4096)
+def _describe_torch(name: str, shape: Any, strides: tuple[int, ...], dtype: Any, device: Any) -> View:
+    return View(0, tuple(shape), strides, str(dtype).removeprefix("torch."), _torch_device(name, device))
 
 
 class CuPyKind(_DLPackKind):
@@ -136,6 +160,9 @@ class CuPyKind(_DLPackKind):
         current = stream is None or stream == self.current_stream(device)
         with cuda.Device(device.index), nullcontext() if current else cuda.ExternalStream(stream, device.index):
             return self._cupy.empty(shape, like.dtype if like.dtype.name == dtype else dtype)
+
+    def address(self, fresh: Any) -> int:
+        return fresh.data.ptr
 
     def current_stream(self, device: Device) -> int:
         with self._cupy.cuda.Device(device.index):
@@ -164,6 +191,9 @@ class JaxKind(_DLPackKind):
         fresh = self._jax.numpy.empty(shape, dtype, device=next(iter(like.devices())))
         return fresh.block_until_ready()
 
+    def address(self, fresh: Any) -> int:
+        return fresh.unsafe_buffer_pointer()
+
     def current_stream(self, device: Device) -> int:
         from natcore import device as gpu
 
@@ -184,6 +214,9 @@ class ArrayApiKind(_DLPackKind):
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> Any:
         xp = like.__array_namespace__()
         return xp.empty(shape, dtype=getattr(xp, dtype), device=like.device)
+
+    def address(self, fresh: Any) -> int:
+        return dlpack.view(dlpack.export(fresh, None), Device("cpu"))[0].ptr
 
 
 _ADAPTERS = (("torch", "Tensor", TorchKind), ("cupy", "ndarray", CuPyKind), ("jax", "Array", JaxKind))

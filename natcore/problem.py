@@ -213,7 +213,7 @@ class Call:
         return cls(fields["direction"], Problem(**problem), fields["strides"])
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     """JSON's lists back to tuples, all the way down."""
     if isinstance(value, dict):
         return {key: _tuples(entry) for key, entry in value.items()}

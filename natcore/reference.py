@@ -40,10 +40,9 @@ def window_mask(window: Window, spatial: tuple[int, ...]) -> np.ndarray:
     """bool [queries, keys], both in row-major order of the map: the AND over the axes."""
     window.check_fits(spatial)
     mask = np.ones((1, 1), bool)
-    for extent, *axis in zip(
-        spatial, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True
-    ):
-        mask = np.kron(mask, axis_mask(extent, *axis))
+    axes = zip(spatial, window.kernel_size, window.stride, window.dilation, window.is_causal, strict=True)
+    for extent, kernel, stride, dilation, causal in axes:
+        mask = np.kron(mask, axis_mask(extent, kernel, stride, dilation, causal))
     return mask
 
 
@@ -126,12 +125,11 @@ def backward(
         per_pair = ds[..., :tokens].sum(axis=0)[:, mask]
         drpb = np.stack([np.bincount(index[mask], w, int(np.prod(window.rpb_shape))) for w in per_pair])
         drpb = drpb.reshape(heads, *window.rpb_shape)
-    extra = additional_keys is not None
     return Gradients(
         _heads_last(dq, q.shape),
         _heads_last(d_keys[:, :, :tokens], k.shape),
         _heads_last(d_values[:, :, :tokens], v.shape),
         drpb,
-        _heads_last(d_keys[:, :, tokens:], additional_keys.shape) if extra else None,
-        _heads_last(d_values[:, :, tokens:], additional_values.shape) if extra else None,
+        _heads_last(d_keys[:, :, tokens:], additional_keys.shape) if additional_keys is not None else None,
+        _heads_last(d_values[:, :, tokens:], additional_values.shape) if additional_values is not None else None,
     )
