@@ -1,0 +1,179 @@
+"""CUDA: plans run through the driver.
+
+A prepared call is a `_Program`: kernel handles, grids and a packing of all parameters into one block
+of memory. Running it again packs the pointers and launches; nothing is hashed, looked up or asked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from natcore.device import current, device_count, driver, facts, is_current, prepare_launch
+from natcore.errors import CudaError
+from natcore.planning import Config, Constant, Operand, Param, Plan, Scale, Workspace, facts_for_arch, plan_for
+from natcore.problem import Call
+from natcore.views import Device
+
+__all__ = ["BACKEND", "LoadedPlan", "device_count", "facts", "facts_for_arch", "load_plan", "plan_for"]
+
+
+@dataclass(frozen=True)
+class LoadedPlan:
+    """A plan and, for each of its launches, the address of its loaded CUkernel.
+
+    Every launch has been checked against the GPU's limits and granted its shared memory. Operands
+    must be aligned as their parameters say (`Operand.alignment`).
+    """
+
+    plan: Plan
+    kernels: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def load_plan(call: Call, device_index: int, config: Config | None = None) -> LoadedPlan:
+    """The plan of a call with its kernels compiled and loaded.
+
+    Raises NotImplementedError where no kernel can run the call, CompileError, or CudaError.
+    """
+    plan = plan_for(call, facts(device_index), config)
+    with ThreadPoolExecutor(max(len(plan.launches), 1)) as pool:  # what is compiled, is compiled at once
+        kernels = pool.map(lambda launch: int(prepare_launch(launch, device_index)), plan.launches)
+        return LoadedPlan(plan, tuple(kernels))
+
+
+#: For operands that are not aligned to the width of vector loads.
+_UNALIGNED = Config("general", (("vector", 1),))
+
+
+class CudaExecutable:
+    """One prepared call on one GPU. Safe to run from many threads at once."""
+
+    def __init__(self, call: Call, device_index: int, config: Config | None) -> None:
+        self._call, self._device_index, self._config = call, device_index, config
+        self._program = _Program(load_plan(call, device_index, config), len(call.operands), device_index)
+        self.workspace_bytes = self._program.workspace_bytes
+        if self._program.alignments and config is None:
+            # The kernels for unaligned pointers share the workspace that is asked for before pointers are known.
+            unaligned = plan_for(call, facts(device_index), _UNALIGNED)
+            self.workspace_bytes = max(self.workspace_bytes, unaligned.workspace_bytes)
+
+    def __call__(self, pointers: Sequence[int], scale: float, stream: int = 0, workspace: int = 0) -> None:
+        """As `natcore.backends.Executable`. Raises ValueError for a misaligned pointer under an explicit config."""
+        program = self._program
+        for index, mask in program.alignments:
+            if pointers[index] & mask:
+                program = self._for_unaligned(index, pointers[index], mask + 1)
+                break
+        program.run(pointers, scale, stream, workspace)
+
+    def _for_unaligned(self, index: int, pointer: int, alignment: int) -> _Program:
+        if self._config is not None:
+            raise ValueError(
+                f"{self._call.operands[index]} lies at {pointer:#x}, not a multiple of the {alignment} bytes that "
+                f"config {self._config} needs. Leave config away, or copy the array."
+            )
+        return _unaligned_program(self._call, self._device_index)
+
+
+@lru_cache(maxsize=1024)
+def _unaligned_program(call: Call, device_index: int) -> _Program:
+    return _Program(load_plan(call, device_index, _UNALIGNED), len(call.operands), device_index)
+
+
+class _Program:
+    """A loaded plan with its parameters laid out for launching.
+
+    One block of memory holds every distinct parameter in 8-byte slots: first all operands, then
+    workspace addresses, scales and constants. Each launch has an array of pointers into it, which is
+    what cuLaunchKernel takes. Launches drop the GIL, so each thread has a block of its own.
+    """
+
+    def __init__(self, loaded: LoadedPlan, operands: int, device_index: int) -> None:
+        plan = loaded.plan
+        self.workspace_bytes = plan.workspace_bytes
+        self._device_index = device_index
+        self._local = threading.local()
+        params = list(dict.fromkeys(p for launch in plan.launches for p in launch.params))
+        aligned = {p.index: p.alignment - 1 for p in params if isinstance(p, Operand) and p.alignment > 1}
+        self.alignments = tuple(aligned.items())
+        self._offsets = tuple(p.offset for p in params if isinstance(p, Workspace))
+        self._scales = [p for p in params if isinstance(p, Scale)]
+        codes = "".join({"float32": "f4x", "float64": "d"}[p.dtype] for p in self._scales)
+        self._pack = struct.Struct(f"={operands}Q{len(self._offsets)}Q{codes}").pack_into
+        self._factors = tuple(p.factor for p in self._scales)
+        constants = [p for p in params if isinstance(p, Constant)]
+        starts: dict[Param, int] = {p: 8 * p.index for p in params if isinstance(p, Operand)}
+        slot = operands
+        for p in [p for kind in (Workspace, Scale) for p in params if isinstance(p, kind)]:
+            starts[p], slot = 8 * slot, slot + 1
+        self._constants = []
+        for p in constants:
+            starts[p], slot = 8 * slot, slot + -(-len(p.data) // 8)
+            self._constants.append((starts[p], p.data))
+        self._bytes = 8 * slot
+        create = driver().CUfunction
+        self._launches = tuple(
+            (create(kernel), launch.grid, launch.block, launch.shared_bytes, tuple(starts[p] for p in launch.params))
+            for kernel, launch in zip(loaded.kernels, plan.launches, strict=True)
+        )
+
+    def _make_block(self) -> tuple[bytearray, list[tuple]]:
+        """This thread's parameter block and, for each launch, all arguments of cuLaunchKernel around the stream."""
+        block = bytearray(max(self._bytes, 8))
+        memory = (ctypes.c_char * len(block)).from_buffer(block)
+        address = ctypes.addressof(memory)
+        for start, data in self._constants:
+            block[start : start + len(data)] = data
+        launches = []
+        for kernel, grid, threads, shared, starts in self._launches:
+            table = (ctypes.c_void_p * len(starts))(*(address + start for start in starts))
+            launches.append(((kernel, *grid, *threads, shared), ctypes.addressof(table), (table, memory)))
+        self._local.block = block, launches
+        return self._local.block
+
+    def run(self, pointers: Sequence[int], scale: float, stream: int, workspace: int) -> None:
+        try:
+            block, launches = self._local.block
+        except AttributeError:
+            block, launches = self._make_block()
+        scales = [scale * factor for factor in self._factors]
+        self._pack(block, 0, *pointers, *[workspace + offset for offset in self._offsets], *scales)
+        if stream == 0 and not is_current(self._device_index):
+            # The default stream is the current context's own, so the context must be right.
+            with current(self._device_index):
+                self._launch(launches, 0)
+            return
+        self._launch(launches, stream)
+
+    def _launch(self, launches: list[tuple], stream: int) -> None:
+        launch, stream_handle = driver().cuLaunchKernel, driver().CUstream(stream)
+        for leading, params, _ in launches:
+            (error,) = launch(*leading, stream_handle, params, 0)
+            if error:
+                self._recover(error, leading, stream_handle, params)
+
+    def _recover(self, error: Any, leading: tuple, stream: Any, params: int) -> None:
+        """A thread without a current context, or with another GPU's, gets the right one for this launch."""
+        if error.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_INVALID_HANDLE"):
+            with current(self._device_index):
+                (error,) = driver().cuLaunchKernel(*leading, stream, params, 0)
+        if error:
+            raise CudaError(f"launching a kernel on cuda:{self._device_index} failed: {error.name}.")
+
+
+class CudaBackend:
+    """`natcore.backends.Backend` for NVIDIA GPUs."""
+
+    def prepare(self, call: Call, device: Device, config: Config | None = None) -> CudaExecutable:
+        """Raises NotImplementedError, CompileError or CudaError as `load_plan` does."""
+        return CudaExecutable(call, device.index, config)
+
+
+BACKEND = CudaBackend()
