@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from natcore.planning import Config
 from natcore.problem import Window
-from torch_nat import launch, ops, transforms  # noqa: F401  (transforms registers vmap and autocast)
+from torch_nat import launch, ops, transforms
 
 PerAxis = int | Sequence[int]
 PerAxisFlag = bool | Sequence[bool]
@@ -183,10 +183,15 @@ def _call(rank, leading, extras, window_arguments, scale, return_lse, config):
         lists = [_per_axis(rank, argument) for argument in window_arguments]
         out, lse = _operation(leading)(*tensors, *lists, scale, ops.encode_config(config))
         return (out, lse) if return_lse else out
-    if not _is_plain(tensors):
+    if not _is_plain(leading, extras):
         _check_tensors(leading, extras)
         window = launch.window_of(rank, *window_arguments)
-        out, lse = _operation(leading)(*tensors, *ops.window_arguments(window, scale, config))
+        if _C._are_functorch_transforms_active():
+            if torch.is_autocast_enabled(tensors[0].device.type):
+                tensors = transforms.cast_operands(tensors, len(leading), tensors[0].device.type)
+            out, lse = transforms.Transformed.apply(window, scale, config, *tensors)
+        else:
+            out, lse = _operation(leading)(*tensors, *ops.window_arguments(window, scale, config))
         return (out, lse) if return_lse else out
     window = launch.window_of(rank, *window_arguments)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -206,7 +211,7 @@ def _per_axis(rank: int, argument: Any) -> list:
     return [argument] * rank if isinstance(argument, int) else list(argument)
 
 
-def _is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+def _is_plain(required: tuple[Tensor, ...], optional: tuple[Tensor | None, ...] = ()) -> bool:
     """Whether nobody but autograd looks on, so that the dispatcher may be left out."""
     if (
         _C._len_torch_dispatch_stack()
@@ -217,12 +222,17 @@ def _is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES or not (tensor.is_cuda or tensor.is_cpu) or tensor.is_neg()
-        ):
+    for tensor in required:
+        if not _is_plain_tensor(tensor):
+            return False
+    for tensor in optional:
+        if tensor is not None and not _is_plain_tensor(tensor):
             return False
     return True
+
+
+def _is_plain_tensor(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN_TYPES and (tensor.is_cuda or tensor.is_cpu) and not tensor.is_neg()
 
 
 def _check_tensors(leading: tuple, extras: tuple) -> None:

@@ -7,6 +7,7 @@ come here whenever something other than plain eager execution looks on (see func
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -121,17 +122,18 @@ def _attention_packed_backward_fake(d_out, qkv, out, lse, d_lse, rpb, keys, valu
 # Autograd. One pair of functions serves both forms: ``leading`` counts q, k, v or qkv.
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     tensors, ctx.window = inputs[:-6], inputs[-6:]
     ctx.set_materialize_grads(False)  # a loss that does not use the LSE gives no d_lse
     ctx.save_for_backward(*tensors, *output)
 
 
-def _formula(operation: str, leading: int):
+def formula(run: Callable[..., tuple[Tensor, ...]], leading: int) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The gradients of every argument, None for the last six, by the backward operation ``run``."""
+
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        run = getattr(torch.ops.natcore, operation)
         gradients = run(d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:], *ctx.window)
         given = (None if tensor is None else gradient for tensor, gradient in zip(tensors, gradients, strict=True))
         return *given, *(None for _ in ctx.window)
@@ -139,7 +141,7 @@ def _formula(operation: str, leading: int):
     return backward
 
 
-def _no_double_backward(ctx: Any, *_: Any) -> None:
+def _refuse(ctx: Any, *_: Any) -> None:
     raise NotImplementedError(DOUBLE_BACKWARD)
 
 
@@ -156,9 +158,9 @@ def _register() -> None:
             LIBRARY.impl(name, kernel, key)
         torch.library.register_fake(f"natcore::{name}", fake, lib=LIBRARY)
     for name, leading in (("attention", 3), ("attention_packed", 1)):
-        backward = _formula(f"{name}_backward", leading)
-        torch.library.register_autograd(f"natcore::{name}", backward, setup_context=_setup_context, lib=LIBRARY)
-        torch.library.register_autograd(f"natcore::{name}_backward", _no_double_backward, lib=LIBRARY)
+        backward = formula(getattr(torch.ops.natcore, f"{name}_backward"), leading)
+        torch.library.register_autograd(f"natcore::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(f"natcore::{name}_backward", _refuse, lib=LIBRARY)
 
 
 _register()

@@ -1,13 +1,17 @@
-"""torch.vmap and torch.autocast for the operations of ops.py."""
+"""torch.vmap, torch.func and torch.autocast for the operations of ops.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from natcore.planning import Config
+from natcore.problem import Window
+from torch_nat import ops
 from torch_nat.ops import LIBRARY
 
 # Where the batch and the heads of each tensor argument are. A table of biases has no batch.
@@ -75,29 +79,76 @@ def _unfold(tensor: Tensor, axis: int | None, size: int) -> Tensor:
 
 
 def _autocast(name: str, device_type: str) -> Callable:
-    """As scaled_dot_product_attention does: float32 and 16-bit inputs become the autocast dtype.
-
-    float64 is left alone, and so is a float32 table of biases, which goes with every dtype.
-    """
     operation = getattr(torch.ops.natcore, name)
     key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
     rpb_at = _AXES[name][0].index(_RPB)
 
     def kernel(*args: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [_cast(x, dtype, device_type) if isinstance(x, Tensor) else x for x in args]
-        rpb = args[rpb_at]
-        if rpb is not None and rpb.dtype == torch.float32:
-            cast[rpb_at] = rpb
+        cast = cast_operands(args, rpb_at, device_type)
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
             return operation(*cast)
 
     return kernel
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype, device_type: str) -> Tensor:
-    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == device_type
-    return tensor.to(dtype) if eligible else tensor
+def cast_operands(operands: tuple, rpb_at: int, device_type: str) -> tuple:
+    """As scaled_dot_product_attention does: float32 and 16-bit tensors become the autocast dtype.
+
+    float64 is left alone, and so is a float32 table of biases, which goes with every dtype.
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(at: int, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.device.type != device_type:
+            return x
+        keep = x.dtype == torch.float64 or (at == rpb_at and x.dtype == torch.float32)
+        return x if keep else x.to(dtype)
+
+    return tuple(cast(at, x) for at, x in enumerate(operands))
+
+
+class Transformed(torch.autograd.Function):
+    """The gradient under torch.func, which asks for a Function where register_autograd's does not serve.
+
+    Its parts are the dispatcher's operations, from which it also draws its vmap rule.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(window: Window, scale: float | None, config: Config | None, *tensors: Tensor | None):
+        operation = torch.ops.natcore.attention_packed if len(tensors) == 4 else torch.ops.natcore.attention
+        return operation(*tensors, *ops.window_arguments(window, scale, config))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        (window, scale, config), tensors = inputs[:3], inputs[3:]
+        ops.setup_context(ctx, (*tensors, *ops.window_arguments(window, scale, config)), output)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        count = len(ctx.saved_tensors) - 2
+        name, leading = ("attention_packed_backward", 1) if count == 4 else ("attention_backward", 3)
+        gradients = ops.formula(partial(_TransformedBackward.apply, name), leading)(ctx, d_out, d_lse)
+        return None, None, None, *gradients[:count]
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """Only there to refuse: torch.func records the backward too, whether or not it is differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, *arguments: Any) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.natcore, name)(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise NotImplementedError(ops.DOUBLE_BACKWARD)
 
 
 def _register() -> None:

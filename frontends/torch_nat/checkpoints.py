@@ -1,0 +1,50 @@
+"""Saving and loading NAT models: safetensors that jax_nat reads as well."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from natcore import checkpoints
+from natcore.checkpoints import FilePath
+from torch_nat.models import NAT
+
+
+def save(model: nn.Module, path: FilePath) -> None:
+    """Write a NAT (compiled or not) atomically, with its config inside.
+
+    A failed write leaves the old file. Raises ValueError where parameters do not fit the config.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not isinstance(model, NAT):
+        raise TypeError(f"save takes a torch_nat.NAT, not {type(model).__name__}; for others use safetensors directly.")
+    checkpoints.write(path, model.config, {name: _to_numpy(t) for name, t in model.state_dict().items()})
+
+
+def load(path: FilePath) -> NAT:
+    """The model of a file that `save` (or jax_nat) wrote, on the CPU, in evaluation mode.
+
+    Raises ValueError, listing every mismatch, for a file that is truncated, altered or of another
+    kind. Parameters keep the file's dtypes.
+    """
+    config, _, arrays = checkpoints.read(path)
+    with torch.device("meta"):
+        model = NAT(config)
+    model.load_state_dict({name: _to_torch(array) for name, array in arrays.items()}, strict=True, assign=True)
+    return model.eval()
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    import ml_dtypes
+
+    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _to_torch(array: np.ndarray) -> Tensor:
+    if array.dtype.name != "bfloat16":
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

@@ -1,0 +1,5 @@
+"""Tests of the PyTorch front-end."""
+
+import pytest
+
+pytest.importorskip("torch")

@@ -1,0 +1,229 @@
+"""na1d, na2d, na3d: values and gradients against the reference, by both ways to the kernels."""
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import torch_nat
+from tests.cases import CASES, Case, check, expected, inputs
+from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, run, tensors_of, to_numpy, to_torch
+from torch_nat import launch
+from torch_nat.functional import _is_plain
+
+SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
+BY_NAME = {case.name: case for case in CASES}
+
+
+class Looking(TorchFunctionMode):
+    """Does nothing but look on, which sends a call through the dispatcher."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_case(case: Case):
+    arrays = inputs(case, "float32")
+    check(case, "float32", arrays, run(case, tensors_of(arrays)))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", SOME, ids=lambda c: c.name)
+def test_every_dtype(case: Case, dtype: str):
+    arrays = inputs(case, dtype)
+    check(case, dtype, arrays, run(case, tensors_of(arrays)))
+
+
+@pytest.mark.parametrize("case", SOME, ids=lambda c: c.name)
+def test_dispatcher(case: Case):
+    arrays = inputs(case, "float32")
+    tensors = tensors_of(arrays)
+    direct = run(case, tensors)
+    with Looking():
+        through = run(case, tensors)
+    assert direct.keys() == through.keys()
+    for name, value in direct.items():
+        np.testing.assert_array_equal(value, through[name], err_msg=name)
+
+
+@pytest.mark.parametrize("look", [False, True], ids=["direct", "dispatcher"])
+@pytest.mark.parametrize("case", [BY_NAME[n] for n in ("nat_packed", "causal", "video")], ids=lambda c: c.name)
+def test_packed(case: Case, look: bool):
+    arrays = inputs(case, "float32")
+    tensors = tensors_of(arrays)
+    qkv = torch.stack([tensors[n].detach() for n in "qkv"], dim=-3).requires_grad_()
+    optional = {name: tensors[name] for name in OPTIONAL if name in tensors}
+    if look:
+        with Looking():
+            out, lse = PACKED[case.rank](qkv, **case.call_arguments, **optional, return_lse=True)
+    else:
+        out, lse = PACKED[case.rank](qkv, **case.call_arguments, **optional, return_lse=True)
+    torch.autograd.backward((out, lse), (tensors["d_out"], tensors["d_lse"]))
+    assert qkv.grad is not None and qkv.grad.is_contiguous()
+    parts = zip(("dq", "dk", "dv"), qkv.grad.unbind(-3), strict=True)
+    named = [("out", out), ("lse", lse), *parts, *((f"d{name}", t.grad) for name, t in optional.items())]
+    check(case, "float32", arrays, {name: to_numpy(t) for name, t in named})
+
+
+def test_packed_gradient_is_written_in_place():
+    """One allocation of qkv's size in the backward, and no concatenation."""
+    qkv = torch.randn(2, 7, 7, 3, 2, 8, requires_grad=True)
+    out = torch_nat.na2d_qkvpacked(qkv, 3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out.backward(torch.randn_like(out))
+    names = {event.key for event in profile.key_averages()}
+    assert not names & {"aten::cat", "aten::stack", "aten::copy_", "aten::add_"}, names
+
+
+def test_without_lse_and_without_gradient():
+    arrays = inputs(BY_NAME["nat_block"], "float32")
+    q, k, v, rpb = (to_torch(arrays[n]) for n in ("q", "k", "v", "rpb"))
+    out = torch_nat.na2d(q, k, v, 7, rpb=rpb)
+    assert isinstance(out, torch.Tensor) and not out.requires_grad
+    np.testing.assert_array_equal(to_numpy(out), to_numpy(torch_nat.na2d(q, k, v, 7, rpb=rpb, return_lse=True)[0]))
+    with torch.inference_mode():
+        assert torch.equal(torch_nat.na2d(q, k, v, 7, rpb=rpb), out)
+
+
+@pytest.mark.parametrize("only", ["out", "lse"])
+@pytest.mark.parametrize("look", [False, True], ids=["direct", "dispatcher"])
+def test_gradient_of_one_result(only: str, look: bool):
+    """An unused result sends no gradient; the loss on the other alone must still be right."""
+    case = BY_NAME["causal_stride"]
+    arrays = inputs(case, "float64")
+    arrays["d_lse" if only == "out" else "d_out"][...] = 0
+    tensors, reference = tensors_of(arrays), expected(case, arrays)
+    with Looking() if look else torch.enable_grad():
+        q, k, v = (tensors[n] for n in "qkv")
+        results = FUNCTIONS[1](q, k, v, **case.call_arguments, rpb=tensors["rpb"], return_lse=True)
+        torch.autograd.backward(results[only == "lse"], tensors["d_" + only])
+    for name in ("q", "k", "v", "rpb"):
+        actual = tensors[name].grad
+        actual = np.zeros(tensors[name].shape) if actual is None else to_numpy(actual)
+        np.testing.assert_allclose(actual, reference["d" + name], atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "transposed"])
+def test_any_gradient_layout(kind: str):
+    """sum() sends an expanded d_out, a transpose one with a strided last axis."""
+    q = torch.randn(2, 9, 4, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, 4, 9, 2, dtype=torch.float64).permute(3, 2, 1, 0)
+    weight = torch.ones(()).double().expand(2, 9, 4, 8) if kind == "expanded" else weight
+    out, lse = torch_nat.na1d(q, q, q, 3, return_lse=True)
+    d_lse = torch.ones(()).double().expand(lse.shape)
+    strided = torch.autograd.grad((out, lse), q, (weight, d_lse), retain_graph=True)[0]
+    plain = torch.autograd.grad((out, lse), q, (weight.contiguous(), d_lse.contiguous()))[0]
+    torch.testing.assert_close(strided, plain, rtol=0, atol=0)
+
+
+def test_strided_inputs_are_read_in_place():
+    arrays = inputs(BY_NAME["gqa"], "float32")
+    contiguous = [to_torch(arrays[n]) for n in "qkv"]
+    strided = [t.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4) for t in contiguous]
+    assert not strided[0].is_contiguous()
+    rpb = to_torch(arrays["rpb"])
+    torch.testing.assert_close(
+        torch_nat.na2d(*strided, 3, rpb=rpb), torch_nat.na2d(*contiguous, 3, rpb=rpb), rtol=0, atol=0
+    )
+
+
+def test_gradcheck_of_everything():
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=g, requires_grad=True)
+
+    given = (draw(1, 5, 4, 2, 3), draw(1, 5, 4, 1, 3), draw(1, 5, 4, 1, 2), draw(2, 5, 5))
+    given += (draw(1, 2, 1, 3), draw(1, 2, 1, 2))
+
+    def function(q, k, v, rpb, keys, values):
+        return torch_nat.na2d(
+            *(q, k, v, 3), stride=(2, 1), is_causal=(False, True), scale=0.3, rpb=rpb,
+            additional_keys=keys, additional_values=values, return_lse=True,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, given, fast_mode=False)
+
+
+@pytest.mark.parametrize("look", [False, True], ids=["direct", "dispatcher"])
+def test_double_backward_is_refused(look: bool):
+    q = torch.randn(1, 5, 1, 4, requires_grad=True)
+    with Looking() if look else torch.enable_grad():
+        gradient = torch.autograd.grad(torch_nat.na1d(q, q, q, 3).square().sum(), q, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="differentiat"):
+            gradient.sum().backward()
+
+
+Q = torch.zeros(1, 6, 6, 2, 8)
+
+
+@pytest.mark.parametrize("look", [False, True], ids=["direct", "dispatcher"])
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: torch_nat.na2d(Q, Q, Q, 7), ValueError, r"7 \* dilation 1 = 7 > extent 6 on axis 0"),
+        (lambda: torch_nat.na2d(Q, Q, Q, 3, stride=4), ValueError, "stride 4 > kernel_size 3"),
+        (lambda: torch_nat.na2d(Q, Q, Q, (3, 0)), ValueError, "kernel_size on axis 1 is 0"),
+        (lambda: torch_nat.na2d(Q, Q, Q, [3, 3, 3]), ValueError, "3 entries"),
+        (lambda: torch_nat.na2d(Q, Q, Q, 3.0), ValueError, "must be int, not float"),
+        (lambda: torch_nat.na1d(Q, Q, Q, 3), ValueError, "q has 5 axes"),
+        (lambda: torch_nat.na2d(Q, Q[:, :5], Q, 3), ValueError, r"k has shape .* differ on axis 1"),
+        (lambda: torch_nat.na2d(Q, Q.half(), Q, 3), ValueError, "k has dtype float16, expected float32"),
+        (lambda: torch_nat.na2d(Q.int(), Q.int(), Q.int(), 3), ValueError, "q has dtype torch.int32"),
+        (lambda: torch_nat.na2d(Q, Q, Q, 3, rpb=torch.zeros(2, 5, 4)), ValueError, r"rpb has shape \(2, 5, 4\)"),
+        (lambda: torch_nat.na2d(Q, Q, Q, 3, additional_keys=torch.zeros(1, 2, 2, 8)), ValueError, "go together"),
+        (lambda: torch_nat.na2d(Q.mT, Q.mT, Q.mT, 3), ValueError, "stride 8 on its last axis"),
+        (lambda: torch_nat.na2d_qkvpacked(Q, 3), ValueError, "qkv has shape"),
+        (lambda: torch_nat.na2d(Q.numpy(), Q, Q, 3), TypeError, "q is ndarray"),
+        (lambda: torch_nat.na2d(Q, None, Q, 3), TypeError, "k is NoneType"),
+    ],
+)
+def test_refusals(call, error, text: str, look: bool):
+    with Looking() if look else torch.enable_grad(), pytest.raises(error, match=text):
+        call()
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_what_looks_on_goes_through_the_dispatcher():
+    """Each of these must see an operation; a plain call must not pay for one."""
+    q = torch.randn(1, 5, 1, 8)
+    assert _is_plain((q,), (q, None))
+    assert _is_plain((torch.nn.Parameter(q),))
+    assert not _is_plain((q.as_subclass(Subclass),))
+    assert not _is_plain((q.to("meta"),))
+    assert not _is_plain((torch._neg_view(q),))
+    assert not _is_plain((q,), (None, q.as_subclass(Subclass)))
+    with Looking():
+        assert not _is_plain((q,))
+    with torch.autocast("cpu"):
+        assert not _is_plain((q,))
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert not _is_plain((q,))
+    with torch.autograd.forward_ad.dual_level():
+        assert not _is_plain((q,))
+    inside = []
+    torch.vmap(lambda x: inside.append(_is_plain((x,))) or x)(q)
+    torch.jit.trace(lambda x: inside.append(_is_plain((x,))) or x, (q,), check_trace=False)
+    assert inside and not any(inside)
+
+
+def test_negative_views_and_subclasses_keep_their_values():
+    q = torch.randn(1, 5, 1, 8)
+    plain = torch_nat.na1d(-q, q, q, 3)
+    torch.testing.assert_close(torch_nat.na1d(torch._neg_view(q), q, q, 3), plain)
+    out = torch_nat.na1d((-q).as_subclass(Subclass), q, q, 3)
+    assert isinstance(out, Subclass)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), plain)
+
+
+def test_meta_tensors_give_shapes():
+    q = torch.empty(2, 9, 7, 4, 16, device="meta", dtype=torch.float16)
+    out, lse = torch_nat.na2d(q, q, q, 3, return_lse=True)
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.float16, "meta")
+    assert (lse.shape, lse.dtype) == (q.shape[:-1], torch.float32)
+    with pytest.raises(ValueError, match="extent 7"):
+        torch_nat.na2d(q, q, q, 8)
