@@ -153,10 +153,10 @@ def make_error(frame: CallFrame, code: int, message: str) -> int:
     return frame.api.contents.error_create(ctypes.byref(arguments))
 
 
-def guarded(body: Callable[[CallFrame], object]) -> HandlerType:  # type: ignore[valid-type]
-    """A C handler from a Python function: answers metadata, and turns exceptions into XLA errors.
+def guarded(body: Callable[[CallFrame], object]) -> int:
+    """The address of a C handler made from a Python function; it is never freed, for XLA may call it for ever.
 
-    The caller keeps the result alive for as long as XLA may call it, that is for ever.
+    It answers metadata itself and turns exceptions into XLA errors.
     """
 
     def handler(address: int) -> int | None:
@@ -165,8 +165,20 @@ def guarded(body: Callable[[CallFrame], object]) -> HandlerType:  # type: ignore
             if not answer_metadata(frame):
                 body(frame)
             return None
-        except BaseException as error:  # nothing may cross into C++
+        except BaseException as error:  # noqa: BLE001 - nothing may cross into C++
             codes = {ValueError: INVALID_ARGUMENT, NotImplementedError: UNIMPLEMENTED}
             return make_error(frame, codes.get(type(error), INTERNAL), f"natcore: {type(error).__name__}: {error}")
 
-    return HandlerType(handler)
+    function = HandlerType(handler)
+    _forever.append(function)
+    return address_of(function)
+
+
+_forever: list[object] = []
+
+
+def address_of(function: object) -> int:
+    """The address of a ctypes function."""
+    address = ctypes.cast(function, c_void_p).value  # type: ignore[arg-type]
+    assert address is not None
+    return address

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jax_nat.primitive import Request, run
 from natcore.planning import Config
-from natcore.problem import Problem, Window, problem_of
+from natcore.problem import Problem, Window, check_packed, problem_of
 from natcore.views import Device, View, contiguous_strides
 
 PerAxis = int | Sequence[int]
@@ -88,11 +88,7 @@ def _view(x: jax.Array) -> View:
 
 
 def _thirds(rank: int, qkv: View) -> dict[str, View | None]:
-    if len(qkv.shape) != rank + 4 or qkv.shape[-3] != 3:
-        raise ValueError(
-            f"qkv has shape {qkv.shape}; na{rank}d_qkvpacked takes {rank + 4} axes, "
-            f"[batch, {', '.join(f'axis{a}' for a in range(rank))}, 3, heads, head_dim]."
-        )
+    check_packed(rank, qkv.shape)
     shape, strides = ((*x[:-3], *x[-2:]) for x in (qkv.shape, qkv.strides))
     return {name: qkv._replace(shape=shape, strides=strides) for name in "qkv"}
 
@@ -108,7 +104,7 @@ def _number(scale: Any) -> float:
 
 def _varying_alike(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Under shard_map: an operand shared by all shards (a bias table, say) is marked as varying like the others."""
-    axes = {name: frozenset(getattr(jax.typeof(x), "vma", ())) for name, x in arrays.items()}
+    axes = {name: jax.typeof(x).mat.varying for name, x in arrays.items()}
     union = frozenset().union(*axes.values())
     return {
         name: x if axes[name] == union else jax.lax.pcast(x, tuple(union - axes[name]), to="varying")
@@ -123,7 +119,9 @@ def _make(rank: int) -> Any:
         additional_keys: jax.Array | None = None, additional_values: jax.Array | None = None,
         return_lse: bool = False, config: Config | None = None,
     ) -> Result:  # fmt: skip
-        operands = {"q": q, "k": k, "v": v} | dict(zip(_OPTIONAL, (rpb, additional_keys, additional_values)))
+        operands = {"q": q, "k": k, "v": v} | dict(
+            zip(_OPTIONAL, (rpb, additional_keys, additional_values), strict=True)
+        )
         return _call(rank, operands, False, (kernel_size, stride, dilation, is_causal), scale, return_lse, config)
 
     return _documented(attend, f"na{rank}d", _DOC, rank)
@@ -136,7 +134,7 @@ def _make_packed(rank: int) -> Any:
         additional_keys: jax.Array | None = None, additional_values: jax.Array | None = None,
         return_lse: bool = False, config: Config | None = None,
     ) -> Result:  # fmt: skip
-        operands = {"qkv": qkv} | dict(zip(_OPTIONAL, (rpb, additional_keys, additional_values)))
+        operands = {"qkv": qkv} | dict(zip(_OPTIONAL, (rpb, additional_keys, additional_values), strict=True))
         return _call(rank, operands, True, (kernel_size, stride, dilation, is_causal), scale, return_lse, config)
 
     return _documented(attend, f"na{rank}d_qkvpacked", _PACKED_DOC, rank)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from ctypes import c_void_p, cast
 from functools import lru_cache
-from typing import Any
 
 import jax
 import jax.ffi
 
 from jax_nat import ffi_abi
 from jax_nat.ffi_abi import CallFrame
+from jax_nat.flat_plan import ALIGNMENT
 from jax_nat.spec import Spec
 from natcore import backends
 from natcore.backends import Executable
@@ -26,11 +25,13 @@ from natcore.views import Device
 TARGET = "natcore_neighborhood_attention"
 PLATFORMS = ("cpu", "cuda")
 
-ALIGNMENT = 256  # of the workspace; XLA promises less for its buffers
+WORKSPACE_MESSAGE = (
+    "this program's workspace is too small here: it was compiled for another kind of device. Compile it for this one."
+)
 _KEY, _SPEC = 0, 1  # the attributes, in the order of their names
 
 _lock = threading.Lock()
-_registered: dict[str, Any] = {}  # platform -> C callbacks, which XLA may call for ever
+_registered: set[str] = set()
 _prepared: dict[tuple[int, Device], tuple[Spec, Executable]] = {}
 
 
@@ -39,9 +40,9 @@ def register(platform: str) -> None:
     with _lock:
         if platform not in _registered:
             stages = _cuda_stages() if platform == "cuda" else _cpu_stages()
-            capsules = {name: jax.ffi.pycapsule(cast(stage, c_void_p).value) for name, stage in stages.items()}
+            capsules = {name: jax.ffi.pycapsule(address) for name, address in stages.items()}
             jax.ffi.register_ffi_target(TARGET, capsules, platform="CUDA" if platform == "cuda" else platform)
-            _registered[platform] = stages
+            _registered.add(platform)
 
 
 def register_where_possible() -> None:
@@ -97,20 +98,12 @@ def _workspace(frame: CallFrame, spec: Spec, needed: int) -> int:
         return 0
     given = frame.rets.buffers[spec.results].contents if frame.rets.size > spec.results else None
     size = 0 if given is None else given.dims[0]
-    check_workspace(size, needed)
-    assert given is not None  # its size was enough
+    if given is None or size < needed + ALIGNMENT - 1:
+        raise RuntimeError(f"{WORKSPACE_MESSAGE} ({size} bytes, here {needed + ALIGNMENT - 1})")
     return -(-given.data // ALIGNMENT) * ALIGNMENT
 
 
-def check_workspace(size: int, needed: int) -> None:
-    if size < needed + ALIGNMENT - 1:
-        raise RuntimeError(
-            f"this program was compiled with {size} bytes of workspace, but this device needs "
-            f"{needed + ALIGNMENT - 1}: it was compiled for another kind of device. Compile it for this one."
-        )
-
-
-def _cpu_stages() -> dict[str, Any]:
+def _cpu_stages() -> dict[str, int]:
     cpu = Device("cpu")
     return {
         "instantiate": ffi_abi.guarded(lambda frame: prepared(frame, cpu)),
@@ -118,7 +111,7 @@ def _cpu_stages() -> dict[str, Any]:
     }
 
 
-def _cuda_stages() -> dict[str, Any]:
+def _cuda_stages() -> dict[str, int]:
     from jax_nat import native
 
-    return {"instantiate": ffi_abi.guarded(native.instantiate), "execute": native.execute_handler()}
+    return {"instantiate": ffi_abi.guarded(native.instantiate), "execute": native.execute_stage()}

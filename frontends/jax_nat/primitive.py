@@ -72,7 +72,7 @@ class Request:
         return jnp.dtype(self.problem.dtype_of(array))
 
     def view_of(self, operand: str) -> View:
-        array, part = self.buffer_of(operand)
+        array, _ = self.buffer_of(operand)
         shape, dtype = self.shape_of(array), self.problem.dtype_of(operand)
         strides = contiguous_strides(shape)
         if array != operand:
@@ -126,7 +126,6 @@ def _abstract(*avals: Any, request: Request) -> list[Any]:
 
 
 def _lower(platform: str, ctx: Any, *operands: Any, request: Request) -> Any:
-    handler.register(platform)
     workspace = handler.workspace_bytes(platform, request.spec)
 
     def call(*arrays: jax.Array) -> Sequence[jax.Array]:
@@ -150,9 +149,9 @@ def _batch(arrays: Sequence[Any], axes: Sequence[Any], *, request: Request) -> t
     own table, or needs its own gradient of it, the mapped axis joins the heads (kv head groups stay
     together, for the element is the outer index on both sides).
     """
-    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not batching.not_mapped)
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     names = request.arguments
-    table_mapped = "rpb" in names and axes[names.index("rpb")] is not batching.not_mapped
+    table_mapped = "rpb" in names and axes[names.index("rpb")] is not None
     by_head = table_mapped or ("rpb" in names and request.direction == "backward")
     problem = request.problem
     if by_head:
@@ -165,7 +164,7 @@ def _batch(arrays: Sequence[Any], axes: Sequence[Any], *, request: Request) -> t
         if name == "rpb" and not by_head:
             folded.append(x)
             continue
-        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is batching.not_mapped else jnp.moveaxis(x, axis, 0)
+        x = jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         place = _head_axis(name, x.ndim - 1) if by_head else 0
         folded.append(jnp.moveaxis(x, 0, place).reshape(wide_request.shape_of(name)))
     results = neighborhood_attention_p.bind(*folded, request=wide_request)
