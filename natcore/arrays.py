@@ -203,7 +203,7 @@ class JaxKind(_DLPackKind):
         if stream is not None:
             from natcore import device as gpu
 
-            gpu.synchronize(stream)
+            gpu.synchronize(device.index, stream)
 
 
 class ArrayApiKind(_DLPackKind):

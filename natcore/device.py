@@ -102,6 +102,20 @@ def is_current(index: int) -> bool:
     return error == driver().CUresult.CUDA_SUCCESS and int(context) == int(primary_context(index))
 
 
+@lru_cache
+def own_stream(index: int) -> int:
+    """A stream of natcore's own on a GPU, for producers that have no current one. Lives as long as the process."""
+    with current(index):
+        flags = driver().CUstream_flags.CU_STREAM_NON_BLOCKING
+        return int(check(driver().cuStreamCreate(flags), "cuStreamCreate"))
+
+
+def synchronize(index: int, stream: int) -> None:
+    """Waits for all work on a stream of a GPU."""
+    with current(index):
+        check(driver().cuStreamSynchronize(stream), "cuStreamSynchronize")
+
+
 @cache
 def kernel_handle(spec: KernelSpec) -> Any:
     """The CUkernel of a spec: compiled or read from the cache, loaded, kept for the life of the process."""
