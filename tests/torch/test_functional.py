@@ -8,7 +8,6 @@ from torch.overrides import TorchFunctionMode
 import torch_nat
 from tests.cases import CASES, Case, check, expected, inputs
 from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, run, tensors_of, to_numpy, to_torch
-from torch_nat import launch
 from torch_nat.functional import _is_plain
 
 SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
