@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from natcore.planning.plan import (
@@ -22,19 +22,27 @@ from natcore.planning.plan import (
     Param,
     Plan,
     Scale,
+    Workspace,
     capability,
 )
-from natcore.problem import OPERANDS, Call, Problem
+from natcore.problem import OPERANDS, RESULTS, Call, Direction, Problem, Window
 from natcore.views import ITEM_SIZES, contiguous_strides
 
 MAX_HEAD_DIM = 256
 MAX_EXTENT = 1 << 30  # positions on an axis are 32-bit in the kernels
 THREADS = 128
 LOAD_BYTES = 16  # the widest load
-ROW_BYTES_PER_LANE = 64  # a row's share of a lane, as accumulators: bounds the registers
+ELEMENTS_PER_LANE = 8  # of a row, at most (but never more than 32 lanes): bounds the registers
+TARGET_BLOCKS = (
+    1 << 14
+)  # of sums over queries, which are cut into slices; not the GPU's business: sums are the same on all
+MIN_QUERIES_PER_GROUP = 8  # of a slice
 
 #: Operands whose rows the kernels load and store in chunks of `vector` elements.
 _ROWS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "additional_keys", "additional_values")
+
+#: Kernels that walk a window in strips.
+_WALKS = ("general_forward", "general_backward_query", "general_backward_key")
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,12 @@ class _Build:
             "HEAD_DIM_V": p.head_dim_v,
             "VECTOR": self.vector,
             "LANES": self.lanes,
-            "STRIP": self.strip,
             "THREADS": self.threads,
             "INDEX": "unsigned long long" if wide else "unsigned",
         }
-        if p.rpb_dtype is not None:
+        if name in _WALKS:
+            defines["STRIP"] = self.strip
+        if p.rpb_dtype is not None and name in (*_WALKS, "general_backward_bias"):
             defines["RPB"] = p.rpb_dtype
         return KernelSpec(name, tuple(sorted((n, str(v)) for n, v in defines.items())), self.arch)
 
@@ -144,9 +153,8 @@ def _build(call: Call, arch: str, options: Mapping[str, int]) -> _Build:
             f"config: vector {vector} must divide {_vector(call)}, what strides and head dimensions allow."
         )
     widest = max(problem.head_dim, problem.head_dim_v)
-    share = ROW_BYTES_PER_LANE // ITEM_SIZES[problem.lse_dtype]
     lanes = 1
-    while lanes < 32 and ceil(widest / vector / lanes) * vector > share:
+    while lanes < 32 and ceil(widest / vector / lanes) * vector > ELEMENTS_PER_LANE:
         lanes *= 2
     lanes = options.get("lanes", lanes)
     if lanes not in (1, 2, 4, 8, 16, 32):
@@ -154,22 +162,27 @@ def _build(call: Call, arch: str, options: Mapping[str, int]) -> _Build:
     threads = options.get("threads", THREADS)
     if threads < 1 or threads % lanes:
         raise ValueError(f"config: threads {threads} must be a multiple of lanes {lanes}.")
-    strip = options.get("strip", _strip(problem))
+    strip = options.get("strip", _strip(call))
     if not 1 <= strip <= 8:
         raise ValueError(f"config: strip {strip} must be from 1 to 8.")
     return _Build(call, arch, vector, lanes, strip, threads)
 
 
-def _strip(problem: Problem) -> int:
-    """Neighbours loaded at once: those that waste least at the end of a window's row, the longest first."""
-    kernel, longest = problem.window.kernel_size[-1], 4 if ITEM_SIZES[problem.dtype] == 2 else 2
-    return min(range(longest, 0, -1), key=lambda s: ceil(kernel / s) * s if s >= min(kernel, longest - 1) else 1 << 40)
+def _strip(call: Call) -> int:
+    """Neighbours loaded at once: the fewest loads past the end of the window's row, then the longest strip."""
+    longest = 4 if call.direction == "forward" else 2
+    if call.problem.dtype == "float64":
+        longest //= 2
+    kernel = call.problem.window.kernel_size[-1]
+    if kernel <= longest:
+        return kernel
+    return min((longest, max(longest - 1, 2)), key=lambda strip: (ceil(kernel / strip) * strip, -strip))
 
 
 def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     """The plan of a call that `refusal` has passed."""
     build = _build(call, facts.arch, options)
-    return _forward(build)
+    return _forward(build) if call.direction == "forward" else _backward(build)
 
 
 def _forward(build: _Build) -> Plan:
@@ -181,6 +194,101 @@ def _forward(build: _Build) -> Plan:
     grid = build.blocks(build.items(problem.heads))
     scale = Scale(build.accumulator)
     return Plan((build.launch("general_forward", grid, operands, scale, build.params(layouts)),), 0)
+
+
+def _backward(build: _Build) -> Plan:
+    """delta, then each gradient that is wanted; sums over many queries in two passes."""
+    problem, call = build.problem, build.call
+    wanted = {n for n, s in zip(call.operands, call.strides, strict=True) if s is not None and n in RESULTS["backward"]}
+    if problem.batch == 0:
+        return Plan(_sum_partials(build, "drpb", Workspace(0), 0) if "drpb" in wanted else (), 0)
+    space = _Space()
+    delta = space.take(build.items(problem.heads), build.accumulator)
+    scale = Scale(build.accumulator)
+    layouts = ("d_out", "out", "d_lse", "delta")
+    pointers = ("d_out", "out", "d_lse", delta)
+    query_blocks, key_blocks = (build.blocks(build.items(heads)) for heads in (problem.heads, problem.heads_kv))
+    launches = [build.launch("general_delta", query_blocks, pointers, build.params(layouts))]
+    shared = ("d_out", "q", "k", "v", "lse", "delta", "rpb")
+    pointers = ("d_out", "q", "k", "v", "lse", delta, "rpb")
+    if "dq" in wanted:
+        rest = ("additional_keys", "additional_values", "dq")
+        params = build.params(shared + rest)
+        launches.append(build.launch("general_backward_query", query_blocks, pointers + rest, scale, params))
+    if wanted & {"dk", "dv"}:
+        rest = ("dk", "dv")
+        params = build.params(shared + rest)
+        launches.append(build.launch("general_backward_key", key_blocks, pointers + rest, scale, params))
+    if "drpb" in wanted:
+        launches += _bias_launches(build, space, delta)
+    if wanted & {"d_additional_keys", "d_additional_values"}:
+        launches += _additional_launches(build, space, delta, wanted)
+    return Plan(tuple(launches), space.bytes)
+
+
+class _Space:
+    """Hands out parts of the workspace."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def take(self, count: int, dtype: str) -> Workspace:
+        start = self.bytes
+        self.bytes += ceil(count * ITEM_SIZES[dtype] / 256) * 256
+        return Workspace(start)
+
+
+def _slices(build: _Build, queries: int, sums: int) -> int:
+    """Into how many parts a sum over queries is cut, where there are ``sums`` such sums."""
+    return max(1, min(TARGET_BLOCKS // sums, queries // (build.groups * MIN_QUERIES_PER_GROUP)))
+
+
+def _bias_launches(build: _Build, space: _Space, delta: Workspace) -> tuple[Launch, ...]:
+    problem = build.problem
+    entries = prod(problem.shapes["rpb"])
+    slices = _slices(build, build.items(1), entries)
+    partials = space.take(slices * entries, build.accumulator)
+    first = build.launch(
+        "general_backward_bias",
+        (entries * slices, 1, 1),
+        ("d_out", "q", "k", "v", "lse", delta, "rpb", partials),
+        Scale(build.accumulator),
+        build.params(("d_out", "q", "k", "v", "lse", "delta", "rpb"), slices),
+    )
+    return (first, *_sum_partials(build, "drpb", partials, slices))
+
+
+def _additional_launches(build: _Build, space: _Space, delta: Workspace, wanted: set[str]) -> tuple[Launch, ...]:
+    problem = build.problem
+    sums = problem.batch * problem.extra * problem.heads_kv
+    queries = prod(problem.spatial) * problem.heads // problem.heads_kv
+    slices = _slices(build, queries, sums)
+    partials = {
+        name: space.take(slices * prod(problem.shapes[name]), build.accumulator)
+        for name in ("d_additional_keys", "d_additional_values")
+    }
+    first = build.launch(
+        "general_backward_additional",
+        (sums * slices, 1, 1),
+        ("d_out", "q", "lse", delta, "additional_keys", "additional_values", *partials.values()),
+        Scale(build.accumulator),
+        build.params(("d_out", "q", "lse", "delta", "additional_keys", "additional_values"), slices),
+    )
+    sums_of = [_sum_partials(build, name, start, slices) for name, start in partials.items() if name in wanted]
+    return (first, *(launch for launches in sums_of for launch in launches))
+
+
+def _sum_partials(build: _Build, name: str, partials: Workspace, slices: int) -> tuple[Launch, ...]:
+    """The second pass: one result of up to four axes, from partials [slices, *shape]."""
+    call, shape = build.call, build.problem.shapes[name]
+    strides = call.strides[OPERANDS["backward"].index(name)]
+    assert strides is not None
+    lead = 4 - len(shape)
+    params = struct.pack("=4q5i4x", *([0] * lead), *strides, *([1] * lead), *shape, slices)
+    defines = {"PARTIAL": build.accumulator, "RESULT": build.problem.dtype_of(name), "THREADS": str(build.threads)}
+    spec = KernelSpec("general_sum_partials", tuple(sorted(defines.items())), build.arch)
+    grid = (ceil(prod(shape) / build.threads), 1, 1)
+    return (Launch(spec, grid, (build.threads, 1, 1), 0, (partials, build.operand(name), Constant(params))),)
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:
@@ -199,15 +307,50 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
 
 
 _KERNELS = tuple(
-    KernelInfo(name, ("sm_75+",), max_registers=168, max_shared_bytes=shared)
-    for name, shared in {"general_forward": 0}.items()
+    KernelInfo(name, ("sm_75+",), max_registers, max_shared_bytes)
+    for name, max_registers, max_shared_bytes in (
+        ("general_forward", 255, 0),
+        ("general_delta", 64, 0),
+        ("general_backward_query", 255, 0),
+        ("general_backward_key", 255, 0),
+        ("general_backward_bias", 128, 1 << 10),
+        ("general_backward_additional", 168, 8 << 10),
+        ("general_sum_partials", 40, 0),
+    )
 )
 
-CANDIDATE = Candidate(
-    "general",
-    _KERNELS,
-    ("vector", "lanes", "strip", "threads"),
-    refusal,
-    plan,
-    lambda: (),
+
+def _listed() -> tuple[Call, ...]:
+    """The calls at which the kernels are compiled and checked: every dtype, load width and row length class."""
+    plain = Problem(Window.of(2, 7), 2, (56, 56), 2, 2, 32, 32, 0, "float16", None)
+    problems = [replace(plain, dtype=dtype, rpb_dtype=rpb) for dtype, rpb in _LISTED_DTYPES]
+    problems += [replace(plain, dtype=dtype, head_dim=d, head_dim_v=d) for dtype in ITEM_SIZES for d in (64, 128, 256)]
+    problems += [
+        replace(plain, head_dim=80, head_dim_v=48, heads_kv=1, extra=4, rpb_dtype="float32"),
+        replace(plain, head_dim=5, head_dim_v=3, extra=1, rpb_dtype="float32"),
+        replace(plain, dtype="float64", head_dim=255, head_dim_v=1, extra=1, rpb_dtype="float64"),
+    ]
+    return tuple(_contiguous(direction, problem) for problem in problems for direction in ("forward", "backward"))
+
+
+_LISTED_DTYPES = (
+    ("float16", "float16"),
+    ("float16", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("float32", "float32"),
+    ("float64", "float64"),
 )
+
+
+def _contiguous(direction: Direction, problem: Problem) -> Call:
+    """The call on contiguous arrays, with every operand that the problem has."""
+    names = OPERANDS[direction]
+    return Call(
+        direction,
+        problem,
+        tuple(contiguous_strides(problem.shapes[name]) if problem.has(name) else None for name in names),
+    )
+
+
+CANDIDATE = Candidate("general", _KERNELS, ("vector", "lanes", "strip", "threads"), refusal, plan, _listed)

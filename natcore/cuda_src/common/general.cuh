@@ -9,8 +9,9 @@
 //
 // so that a warp's load touches whole sectors, and sums over a row end with log2(LANES) shuffles.
 //
-// Defines: ELEMENT (dtype of q, k, v, out), RPB (dtype of the bias; undefined = no bias), HEAD_DIM,
-// HEAD_DIM_V, VECTOR, LANES, STRIP (neighbours loaded at once), THREADS, INDEX (type of item numbers).
+// Defines: ELEMENT (dtype of q, k, v, out), HEAD_DIM, HEAD_DIM_V, VECTOR, LANES, THREADS, INDEX (type of
+// item numbers) and, where a kernel says so, RPB (dtype of the bias; undefined = no bias) and STRIP
+// (neighbours that are loaded at once).
 #pragma once
 
 #include "common/types.cuh"
@@ -21,6 +22,7 @@ using Acc = AccumulatorOf<Element>::type;
 using Index = INDEX;
 
 constexpr int GROUPS = THREADS / LANES;  // items that a block works on at once
+constexpr int RESIDENT = sizeof(Acc) == 8 ? 2 : 3;  // blocks that should fit a multiprocessor: bounds the registers
 constexpr Acc LOG2_E = Acc(1.4426950408889634074);
 constexpr Acc LN_2 = Acc(0.69314718055994530942);
 __device__ __forceinline__ Acc infinity() { return __uint_as_float(0x7f800000u); }

@@ -38,3 +38,24 @@ template <>
 __device__ __forceinline__ bfloat16 narrow<bfloat16, float>(float x) {
   return {f32_to_bf16(x)};
 }
+
+// Pairs of 16-bit elements in one register, the first in its lower half.
+template <typename Element>
+__device__ __forceinline__ unsigned pack(float low, float high);
+template <>
+__device__ __forceinline__ unsigned pack<float16>(float low, float high) {
+  return pack_f16(low, high);
+}
+template <>
+__device__ __forceinline__ unsigned pack<bfloat16>(float low, float high) {
+  return pack_bf16(low, high);
+}
+
+template <typename Element>
+__device__ __forceinline__ float low(unsigned pair) {
+  return widen(Element{static_cast<unsigned short>(pair)});
+}
+template <typename Element>
+__device__ __forceinline__ float high(unsigned pair) {
+  return widen(Element{static_cast<unsigned short>(pair >> 16)});
+}

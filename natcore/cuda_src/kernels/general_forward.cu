@@ -66,7 +66,7 @@ __device__ __forceinline__ void attend(OnlineSoftmax& softmax, const Row<HEAD_DI
   softmax.add(score, value);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     general_forward(const Element* __restrict__ q,                  // [batch, x0, x1, x2, heads, HEAD_DIM]
                     const Element* __restrict__ k,                  // [batch, x0, x1, x2, heads_kv, HEAD_DIM]
                     const Element* __restrict__ v,                  // [batch, x0, x1, x2, heads_kv, HEAD_DIM_V]

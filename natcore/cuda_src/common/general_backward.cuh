@@ -1,0 +1,32 @@
+// The arithmetic of one (query, key) pair in the backward, shared by the query-, key-, bias- and
+// additional-stationary kernels. With s = scale q.k + bias, p = exp(s - lse), dP = d_out . v:
+//
+//   dL/ds = p (dP - delta),   delta = sum over keys of p dP  -  d_lse  =  d_out . out - d_lse
+//
+// and from there dq = scale sum dL/ds k, dk = scale sum dL/ds q, dv = sum p d_out, drpb = sum dL/ds.
+// p is recomputed: nothing of the size of the attention matrix is ever stored.
+#pragma once
+
+#include "common/general.cuh"
+
+// What a query brings to each of its pairs.
+struct QueryScalars {
+  Acc lse2;  // lse in units of log 2
+  Acc delta;
+};
+
+struct PairGradient {
+  Acc p, ds;
+
+  __device__ __forceinline__ PairGradient(Acc qk, Acc dp, Acc scale2, Acc bias2, const QueryScalars& query)
+      : p(exp2(qk * scale2 + bias2 - query.lse2)), ds(p * (dp - query.delta)) {}
+};
+
+// The lane-group's inner product of two rows as they lie in memory.
+template <int D>
+__device__ __forceinline__ Acc raw_dot(const RawRow<D>& a, const RawRow<D>& b) {
+  Acc sum = 0;
+#pragma unroll
+  for (int i = 0; i < Share<D>::size; ++i) sum += a[i] * b[i];
+  return group_sum(sum);
+}

@@ -1,0 +1,227 @@
+// Tiles of 16 queries and the halo of keys that they share, for the tensor core kernels.
+//
+// A problem has three axes here, in an order that the planner chooses; missing ones have extent and
+// kernel 1. All positions are in-group (see window.cuh).
+//
+//   region   REGION_a tiles of TILE_a queries per axis: what a block owns
+//   span     SPAN_a keys per axis: the union of the region's halos, one slot of shared memory each
+//   halo     HALO_a keys per axis: the union of one tile's windows, numbered along the rows
+//
+// The last tile of an axis is moved back inside the map and stores only the queries that no other tile
+// owns; a halo that would leave the map at its end is moved back too. Slots beyond the map hold zeros.
+//
+// Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, THREADS, BLOCKS_PER_SM, CHUNK (n8
+// blocks of scores held at once) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a,
+// REGION_a, HALO_a, SPAN_a, and the difference table's FIRST_DIFFERENCE_a and DIFFERENCES_a (key - query);
+// pitches in slots, SLOT_ROW, SLOT_PLANE, in bytes of a slot, K_PITCH, V_PITCH, and in floats, TABLE_ROW.
+#pragma once
+
+#include "common/types.cuh"
+#include "common/window.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/math.cuh"
+#include "ptx/mma.cuh"
+
+using Element = ELEMENT;
+#ifdef RPB
+using BiasElement = RPB;
+#else
+using BiasElement = float32;  // of a null pointer
+#endif
+
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+__device__ constexpr int of_axis(int a, int x0, int x1, int x2) { return a == 0 ? x0 : a == 1 ? x1 : x2; }
+#define NATCORE_PER_AXIS(NAME, CONSTANT) \
+  __device__ constexpr int NAME(int a) { return of_axis(a, CONSTANT##_0, CONSTANT##_1, CONSTANT##_2); }
+NATCORE_PER_AXIS(kernel_of, KERNEL)
+NATCORE_PER_AXIS(stride_of, STRIDE)
+NATCORE_PER_AXIS(causal_of, CAUSAL)
+NATCORE_PER_AXIS(dilation_of, DILATION)
+NATCORE_PER_AXIS(tile_of, TILE)
+NATCORE_PER_AXIS(region_of, REGION)
+NATCORE_PER_AXIS(halo_of, HALO)
+NATCORE_PER_AXIS(span_of, SPAN)
+NATCORE_PER_AXIS(first_difference_of, FIRST_DIFFERENCE)
+NATCORE_PER_AXIS(differences_of, DIFFERENCES)
+#undef NATCORE_PER_AXIS
+
+constexpr int TILES = REGION_0 * REGION_1 * REGION_2;
+constexpr int KEYS = HALO_0 * HALO_1 * HALO_2;
+constexpr int BLOCKS = (KEYS + 7) / 8;
+constexpr int D_CHUNKS = HEAD_DIM / 8, D_STEPS = (HEAD_DIM + 15) / 16, V_TILES = HEAD_DIM_V / 8;
+constexpr int SLOTS = (SPAN_0 - 1) * SLOT_PLANE + (SPAN_1 - 1) * SLOT_ROW + SPAN_2;
+constexpr int STAGE_PITCH = K_PITCH > V_PITCH ? K_PITCH : V_PITCH, STAGE = 16 * STAGE_PITCH;
+constexpr int TABLE_PLANE = DIFFERENCES_1 * TABLE_ROW, TABLE = (DIFFERENCES_0 * TABLE_PLANE + 3) / 4 * 4;
+constexpr bool UNCLAMPED = STRIDE_0 == 1 && STRIDE_1 == 1 && STRIDE_2 == 1;  // windows that depend on differences alone
+
+static_assert(TILE_0 * TILE_1 * TILE_2 == 16, "a tile is the 16 rows of an mma");
+static_assert((TILE_1 & (TILE_1 - 1)) == 0 && (TILE_2 & (TILE_2 - 1)) == 0, "tile extents are powers of two");
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks");
+static_assert(CHUNK >= BLOCKS || CHUNK % 4 == 0, "chunks are whole mask words");
+static_assert(HALO_2 <= 32 || (HALO_0 == 1 && HALO_1 == 1), "a long row is the only one");
+static_assert(HALO_0 <= 32 && HALO_1 <= 32, "a mask word for each outer axis");
+
+// ---- sizes and strides: written by natcore/planning/tiled.py ----
+
+struct Sizes {
+  int extent[3], regions[3];  // of the map; regions of the longest dilation group
+  int heads, heads_kv;
+};
+
+struct Layout {  // strides in elements; `step` is that of neighbours in a dilation group
+  long long batch;
+  int head, axis[3], step[3];
+};
+
+template <typename T>
+__device__ __forceinline__ T* shifted(T* pointer, const Layout& s, int x0, int x1, int x2) {
+  return pointer + (static_cast<long long>(x0) * s.step[0] + static_cast<long long>(x1) * s.step[1] +
+                    static_cast<long long>(x2) * s.step[2]);
+}
+
+__device__ __forceinline__ Axis window_of(int a) {
+  return {0, kernel_of(a), stride_of(a), 1, causal_of(a)};
+}
+
+// The first query of a tile, and the first key of its halo.
+__device__ __forceinline__ int first_query(int a, int tile, int length) {
+  return smaller(tile * tile_of(a), larger(length - tile_of(a), 0));
+}
+__device__ __forceinline__ int first_key(int a, int query, int length) {
+  return smaller(keys_of(window_of(a), query, length).start, larger(length - halo_of(a), 0));
+}
+
+// What a block owns. Blocks are numbered heads fastest, then regions, dilation groups and batch entries.
+struct Region {
+  int batch, head, group[3], length[3], tile[3], key[3];
+
+  __device__ __forceinline__ Region(const Sizes& sizes, unsigned block) {
+    head = static_cast<int>(block % sizes.heads);
+    block /= sizes.heads;
+#pragma unroll
+    for (int a = 2; a >= 0; --a) {
+      tile[a] = static_cast<int>(block % sizes.regions[a]) * region_of(a);
+      block /= sizes.regions[a];
+    }
+#pragma unroll
+    for (int a = 2; a >= 0; --a) {
+      group[a] = static_cast<int>(block % dilation_of(a));
+      block /= dilation_of(a);
+      length[a] = (sizes.extent[a] - group[a] + dilation_of(a) - 1) / dilation_of(a);
+      key[a] = first_key(a, first_query(a, tile[a], length[a]), length[a]);
+    }
+    batch = static_cast<int>(block);
+  }
+
+  // The first element of this block's batch entry, head and dilation group.
+  template <typename T>
+  __device__ __forceinline__ T* base(T* pointer, const Layout& s, int its_head) const {
+    return pointer + (batch * s.batch + static_cast<long long>(its_head) * s.head +
+                      static_cast<long long>(group[0]) * s.axis[0] + static_cast<long long>(group[1]) * s.axis[1] +
+                      static_cast<long long>(group[2]) * s.axis[2]);
+  }
+};
+
+// Which of a tile's 16 rows lies where.
+__device__ constexpr int row_axis(int a, int row) {
+  return a == 2 ? row % TILE_2 : a == 1 ? row / TILE_2 % TILE_1 : row / (TILE_1 * TILE_2);
+}
+
+struct Tile {
+  int query[3], key[3], owned[3];  // first query, first key, first query that this tile stores
+  int slot;
+  bool exists;
+
+  __device__ __forceinline__ Tile(const Region& region, int index) {
+    exists = true;
+#pragma unroll
+    for (int a = 0; a < 3; ++a) {
+      const int local = a == 2 ? index % REGION_2 : a == 1 ? index / REGION_2 % REGION_1 : index / (REGION_1 * REGION_2);
+      owned[a] = (region.tile[a] + local) * tile_of(a);
+      query[a] = first_query(a, region.tile[a] + local, region.length[a]);
+      key[a] = first_key(a, query[a], region.length[a]);
+      exists &= owned[a] < region.length[a];
+    }
+    slot = (key[0] - region.key[0]) * SLOT_PLANE + (key[1] - region.key[1]) * SLOT_ROW + key[2] - region.key[2];
+  }
+  __device__ __forceinline__ bool inside(const Region& region, int row) const {
+    bool is = true;
+#pragma unroll
+    for (int a = 0; a < 3; ++a) is &= query[a] + row_axis(a, row) < region.length[a];
+    return is;
+  }
+  __device__ __forceinline__ bool stores(const Region& region, int row) const {
+    bool is = inside(region, row);
+#pragma unroll
+    for (int a = 0; a < 3; ++a) is &= query[a] + row_axis(a, row) >= owned[a];
+    return is;
+  }
+};
+
+// Where the key of number first + r lies, in a box of these pitches: first is a constant, r < 16.
+template <int PLANE, int ROW>
+__device__ __forceinline__ int key_offset(int first, int r) {
+  constexpr int AREA = HALO_1 * HALO_2;
+  if (first + 15 >= KEYS) r = smaller(r, KEYS - 1 - first);
+  int offset = first / AREA * PLANE + first / HALO_2 % HALO_1 * ROW + first % HALO_2 + r;
+#pragma unroll
+  for (int i = 1; i <= 15 / HALO_2 + 1; ++i) offset += r >= i * HALO_2 - first % HALO_2 ? ROW - HALO_2 : 0;
+  if (HALO_0 > 1) {
+#pragma unroll
+    for (int i = 1; i <= 15 / AREA + 1; ++i) offset += r >= i * AREA - first % AREA ? PLANE - HALO_1 * ROW : 0;
+  }
+  return offset;
+}
+
+// ---- global to shared memory, and back ----
+
+// The span of keys or values of D elements, each in a slot of PITCH bytes.
+template <int D, int PITCH>
+__device__ __forceinline__ void load_span(unsigned shared, const Element* base, const Layout& s, const Region& region) {
+  constexpr int CHUNKS = D / 8;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  base = shifted(base, s, region.key[0], region.key[1], region.key[2]);
+#pragma unroll 1
+  for (int row = warp; row < SPAN_0 * SPAN_1; row += THREADS / 32) {
+    const int x0 = row / SPAN_1, x1 = row % SPAN_1;
+    const bool inside = region.key[0] + x0 < region.length[0] && region.key[1] + x1 < region.length[1];
+    const int length = inside ? region.length[2] - region.key[2] : 0;
+    const Element* source = shifted(base, s, x0, x1, 0);
+    const unsigned target = shared + (x0 * SLOT_PLANE + x1 * SLOT_ROW) * PITCH;
+#pragma unroll
+    for (int first = 0; first < SPAN_2 * CHUNKS; first += 32) {
+      const int i = first + lane, x2 = i / CHUNKS, chunk = i % CHUNKS;
+      if (first + 32 <= SPAN_2 * CHUNKS || i < SPAN_2 * CHUNKS)
+        cp_async_16(target + x2 * PITCH + chunk * 16, shifted(source, s, 0, 0, x2) + chunk * 8, x2 < length);
+    }
+  }
+}
+
+// A tile of queries to a warp's stage; rows outside the map become zeros.
+__device__ __forceinline__ void load_tile(unsigned stage, const Element* base, const Layout& s, const Region& region,
+                                          const Tile& tile, int lane) {
+  base = shifted(base, s, tile.query[0], tile.query[1], tile.query[2]);
+#pragma unroll
+  for (int first = 0; first < 16 * D_CHUNKS; first += 32) {
+    const int i = first + lane, row = i / D_CHUNKS, chunk = i % D_CHUNKS;
+    if (first + 32 <= 16 * D_CHUNKS || i < 16 * D_CHUNKS)
+      cp_async_16(stage + row * STAGE_PITCH + chunk * 16,
+                  shifted(base, s, row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8,
+                  tile.inside(region, row));
+  }
+}
+
+// A tile of outputs from a warp's stage.
+__device__ __forceinline__ void store_tile(Element* base, const unsigned char* stage, const Layout& s,
+                                           const Region& region, const Tile& tile, int lane) {
+  base = shifted(base, s, tile.query[0], tile.query[1], tile.query[2]);
+#pragma unroll
+  for (int first = 0; first < 16 * V_TILES; first += 32) {
+    const int i = first + lane, row = i / V_TILES, chunk = i % V_TILES;
+    if ((first + 32 <= 16 * V_TILES || i < 16 * V_TILES) && tile.stores(region, row))
+      *reinterpret_cast<uint4*>(shifted(base, s, row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8) =
+          *reinterpret_cast<const uint4*>(stage + row * STAGE_PITCH + chunk * 16);
+  }
+}
