@@ -176,22 +176,30 @@ def na3d_qkvpacked(
     return _call(3, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
 
 
-def _call(rank, leading, extras, window_arguments, scale, return_lse, config):
+def _call(
+    rank: int,
+    leading: tuple[Tensor, ...],
+    extras: tuple[Tensor | None, ...],
+    window_arguments: tuple[PerAxis, PerAxis, PerAxis, PerAxisFlag],
+    scale: float | None,
+    return_lse: bool,
+    config: Config | None,
+) -> Any:
     """Shared by all six: ``leading`` is (q, k, v) or (qkv,), ``extras`` what may be None."""
     tensors = leading + extras
     if torch.compiler.is_compiling():
         lists = [_per_axis(rank, argument) for argument in window_arguments]
-        out, lse = _operation(leading)(*tensors, *lists, scale, ops.encode_config(config))
+        out, lse = ops.forward_of(len(leading))(*tensors, *lists, scale, ops.encode_config(config))
         return (out, lse) if return_lse else out
     if not _is_plain(leading, extras):
         _check_tensors(leading, extras)
         window = launch.window_of(rank, *window_arguments)
         if _C._are_functorch_transforms_active():
-            if torch.is_autocast_enabled(tensors[0].device.type):
-                tensors = transforms.cast_operands(tensors, len(leading), tensors[0].device.type)
+            if torch.is_autocast_enabled(leading[0].device.type):
+                tensors = transforms.cast_operands(tensors, len(leading), leading[0].device.type)
             out, lse = transforms.Transformed.apply(window, scale, config, *tensors)
         else:
-            out, lse = _operation(leading)(*tensors, *ops.window_arguments(window, scale, config))
+            out, lse = ops.forward_of(len(leading))(*tensors, *ops.window_arguments(window, scale, config))
         return (out, lse) if return_lse else out
     window = launch.window_of(rank, *window_arguments)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -200,10 +208,6 @@ def _call(rank, leading, extras, window_arguments, scale, return_lse, config):
         q, k, v = leading if len(leading) == 3 else launch.split_packed(rank, leading[0])
         out, lse = launch.forward(window, scale, config, return_lse, q, k, v, *extras)
     return (out, lse) if return_lse else out
-
-
-def _operation(leading: tuple[Tensor, ...]):
-    return torch.ops.natcore.attention if len(leading) == 3 else torch.ops.natcore.attention_packed
 
 
 def _per_axis(rank: int, argument: Any) -> list:
@@ -254,7 +258,7 @@ class _Attention(torch.autograd.Function):
     """The gradient of a plain eager call; the dispatcher's counterpart is in `ops`."""
 
     @staticmethod
-    def forward(ctx: Any, window: Window, scale: float | None, config: Config | None, *tensors: Tensor | None):
+    def forward(ctx: Any, window: Window, scale: float | None, config: Config | None, *tensors: Any):
         ctx.call, ctx.packed = (window, scale, config), len(tensors) == 4
         ctx.set_materialize_grads(False)
         *leading, rpb, keys, values = tensors
@@ -266,8 +270,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None):
-        *leading, rpb, keys, values, out, lse = ctx.saved_tensors
-        q, k, v = launch.split_packed(ctx.call[0].rank, leading[0]) if ctx.packed else leading
+        *tensors, out, lse = ctx.saved_tensors
+        *leading, rpb, keys, values = tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
+        window, scale, config = ctx.call
+        if torch.compiler.is_compiling() or not _is_plain((d_out,), (d_lse,)):
+            operation = ops.backward_of(len(leading))
+            saved = (d_out, *leading, out, lse, d_lse, rpb, keys, values)
+            gradients = operation(*saved, *ops.window_arguments(window, scale, config))
+            given = (None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=True))
+            return None, None, None, *given
+        q, k, v = launch.split_packed(window.rank, leading[0]) if ctx.packed else leading
         saved = (d_out, q, k, v, out, lse, d_lse, rpb, keys, values)
-        return None, None, None, *launch.backward(*ctx.call, *saved, packed=ctx.packed)
+        return None, None, None, *launch.backward(window, scale, config, saved, packed=ctx.packed)

@@ -8,7 +8,6 @@ Nothing here knows of autograd or of the dispatcher: the callers hand over plain
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -100,32 +99,26 @@ def backward(
     window: Window,
     scale: float | None,
     config: Config | None,
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    d_lse: Tensor | None,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
     packed: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """dq, dk, dv, drpb, d_additional_keys, d_additional_values; None for what was not given.
 
-    With ``packed``, one dqkv [batch, *spatial, 3, heads, head_dim] stands for the first three.
+    ``tensors``: d_out, q, k, v, out, lse, d_lse, rpb, additional_keys, additional_values. With
+    ``packed``, one dqkv [batch, *spatial, 3, heads, head_dim] stands for the first three gradients.
     """
-    d_out, d_lse = _readable(d_out), None if d_lse is None else _readable(d_lse)
-    tensors = (d_out, q, k, v, out, lse, d_lse, rpb, additional_keys, additional_values)
+    d_out, q, k, v, out, lse, d_lse, *extras = tensors
+    assert d_out is not None and q is not None
+    tensors = (_readable(d_out), q, k, v, out, lse, None if d_lse is None else _readable(d_lse), *extras)
     prepared = prepare_backward(window, config, packed, *(None if t is None else describe(t) for t in tensors))
     if not packed:
         results = _empty(prepared.results, q.device)
         _run(prepared, scale, (*tensors, *results), q.device)
         return results
-    dqkv, extras = q.new_empty((*q.shape[:-2], 3, *q.shape[-2:])), _empty(prepared.results[3:], q.device)
-    _run(prepared, scale, (*tensors, *dqkv.unbind(-3), *extras), q.device)
-    return dqkv, *extras
+    dqkv = torch.empty((*q.shape[:-2], 3, *q.shape[-2:]), dtype=q.dtype, device=q.device)
+    others = _empty(prepared.results[3:], q.device)
+    _run(prepared, scale, (*tensors, *dqkv.unbind(-3), *others), q.device)
+    return dqkv, *others
 
 
 def describe(tensor: Tensor) -> Description:
@@ -152,12 +145,12 @@ def prepare_forward(
 def prepare_backward(
     window: Window, config: Config | None, packed: bool, *descriptions: Description | None
 ) -> Prepared:
-    strides = {}
+    strides: dict[str, tuple[int, ...] | None] = {}
     if packed:
         q = descriptions[1]
         assert q is not None
         whole = contiguous_strides((*q[0][:-2], 3, *q[0][-2:]))
-        strides = dict.fromkeys(("dq", "dk", "dv"), (*whole[:-3], *whole[-2:]))
+        strides |= dict.fromkeys(("dq", "dk", "dv"), (*whole[:-3], *whole[-2:]))
     return _prepare("backward", window, config, descriptions, strides)
 
 
@@ -224,6 +217,8 @@ def _run(prepared: Prepared, scale: float | None, tensors: tuple[Tensor | None, 
     if index is None:
         executable(pointers, scale, 0, address)
         return
-    # Stream 0 and the launch itself mean the current device's context, which need not be the tensors'.
-    with nullcontext() if index == torch._C._cuda_getDevice() else torch.cuda.device(index):
-        executable(pointers, scale, torch._C._cuda_getCurrentRawStream(index), address)
+    if index != torch._C._cuda_getDevice():
+        with torch.cuda.device(index):  # stream 0 means the current device's, which must be the tensors'
+            executable(pointers, scale, torch._C._cuda_getCurrentRawStream(index), address)
+        return
+    executable(pointers, scale, torch._C._cuda_getCurrentRawStream(index), address)

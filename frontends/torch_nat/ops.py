@@ -63,6 +63,15 @@ def decode_config(text: str | None) -> Config | None:
     return Config(kernel, tuple((name, int(value)) for name, value in pairs))
 
 
+def forward_of(leading: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The operation on q, k, v (3 leading tensors) or on one packed qkv (1)."""
+    return torch.ops.natcore.attention if leading == 3 else torch.ops.natcore.attention_packed
+
+
+def backward_of(leading: int) -> Callable[..., tuple[Tensor, ...]]:
+    return torch.ops.natcore.attention_backward if leading == 3 else torch.ops.natcore.attention_packed_backward
+
+
 def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> Window:
     return launch.window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
 
@@ -81,7 +90,7 @@ def _attention_packed(qkv, rpb, keys, values, kernel_size, *window):
 
 def _gradients(d_out, q, k, v, saved, extras, kernel_size, stride, dilation, is_causal, scale, config, packed):
     window = _window(kernel_size, stride, dilation, is_causal)
-    gradients = launch.backward(window, scale, decode_config(config), d_out, q, k, v, *saved, *extras, packed=packed)
+    gradients = launch.backward(window, scale, decode_config(config), (d_out, q, k, v, *saved, *extras), packed)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
@@ -158,7 +167,7 @@ def _register() -> None:
             LIBRARY.impl(name, kernel, key)
         torch.library.register_fake(f"natcore::{name}", fake, lib=LIBRARY)
     for name, leading in (("attention", 3), ("attention_packed", 1)):
-        backward = formula(getattr(torch.ops.natcore, f"{name}_backward"), leading)
+        backward = formula(backward_of(leading), leading)
         torch.library.register_autograd(f"natcore::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         torch.library.register_autograd(f"natcore::{name}_backward", _refuse, lib=LIBRARY)
 

@@ -117,8 +117,7 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(window: Window, scale: float | None, config: Config | None, *tensors: Tensor | None):
-        operation = torch.ops.natcore.attention_packed if len(tensors) == 4 else torch.ops.natcore.attention
-        return operation(*tensors, *ops.window_arguments(window, scale, config))
+        return ops.forward_of(len(tensors) - 3)(*tensors, *ops.window_arguments(window, scale, config))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -127,10 +126,9 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        count = len(ctx.saved_tensors) - 2
-        name, leading = ("attention_packed_backward", 1) if count == 4 else ("attention_backward", 3)
-        gradients = ops.formula(partial(_TransformedBackward.apply, name), leading)(ctx, d_out, d_lse)
-        return None, None, None, *gradients[:count]
+        leading = len(ctx.saved_tensors) - 5  # without rpb, additional keys and values, out, lse
+        gradients = ops.formula(partial(_TransformedBackward.apply, leading), leading)(ctx, d_out, d_lse)
+        return None, None, None, *gradients[: leading + 3]
 
 
 class _TransformedBackward(torch.autograd.Function):
@@ -139,8 +137,8 @@ class _TransformedBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, *arguments: Any) -> tuple[Tensor, ...]:
-        return getattr(torch.ops.natcore, name)(*arguments)
+    def forward(leading: int, *arguments: Any) -> tuple[Tensor, ...]:
+        return ops.backward_of(leading)(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

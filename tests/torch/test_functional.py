@@ -219,6 +219,37 @@ def test_negative_views_and_subclasses_keep_their_values():
     torch.testing.assert_close(out.as_subclass(torch.Tensor), plain)
 
 
+class Recording(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_the_backward_alone_is_looked_on(packed: bool):
+    """A forward that went directly, then a backward under a mode, or with a gradient that is a negative view."""
+    torch.manual_seed(0)
+    qkv, rpb = torch.randn(1, 6, 3, 2, 8, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+
+    def run(d_out: torch.Tensor) -> tuple:
+        out = torch_nat.na1d_qkvpacked(qkv, 3, rpb=rpb) if packed else torch_nat.na1d(*qkv.unbind(-3), 3, rpb=rpb)
+        return torch.autograd.grad(out, (qkv, rpb), d_out)
+
+    d_out = torch.randn(1, 6, 2, 8)
+    expected = run(d_out)
+    with Recording() as mode:
+        actual = run(d_out)
+    assert [name for name in mode.seen if "backward" in name] == [
+        f"natcore::attention_{'packed_' if packed else ''}backward"
+    ]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(run(torch._neg_view(-d_out)), expected, rtol=0, atol=0)
+
+
 def test_meta_tensors_give_shapes():
     q = torch.empty(2, 9, 7, 4, 16, device="meta", dtype=torch.float16)
     out, lse = torch_nat.na2d(q, q, q, 3, return_lse=True)
