@@ -214,11 +214,5 @@ def _run(prepared: Prepared, scale: float | None, tensors: tuple[Tensor | None, 
     if executable.workspace_bytes:
         workspace = torch.empty(executable.workspace_bytes + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
         address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-    if index is None:
-        executable(pointers, scale, 0, address)
-        return
-    if index != torch._C._cuda_getDevice():
-        with torch.cuda.device(index):  # stream 0 means the current device's, which must be the tensors'
-            executable(pointers, scale, torch._C._cuda_getCurrentRawStream(index), address)
-        return
-    executable(pointers, scale, torch._C._cuda_getCurrentRawStream(index), address)
+    stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
+    executable(pointers, scale, stream, address)
