@@ -6,9 +6,27 @@ try:
 except ImportError as error:
     raise ImportError("jax_nat needs JAX and flax: pip install 'natcore[jax]'") from error
 
+from jax_nat.checkpoints import load, save
 from jax_nat.functional import na1d, na1d_qkvpacked, na2d, na2d_qkvpacked, na3d, na3d_qkvpacked
 from jax_nat.handler import TARGET, register_where_possible
+from jax_nat.layers import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
+from jax_nat.models import NAT, create_model
 
-__all__ = ["TARGET", "na1d", "na1d_qkvpacked", "na2d", "na2d_qkvpacked", "na3d", "na3d_qkvpacked"]
+__all__ = [
+    "NAT",
+    "TARGET",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "create_model",
+    "load",
+    "na1d",
+    "na1d_qkvpacked",
+    "na2d",
+    "na2d_qkvpacked",
+    "na3d",
+    "na3d_qkvpacked",
+    "save",
+]
 
 register_where_possible()
