@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> Report:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=["nat"], help="all, nat, large, sweep, or names of rows")
     parser.add_argument(
         "--dtype", nargs="+", default=["float16", "bfloat16"], choices=["float16", "bfloat16", "float32", "float64"]
@@ -97,10 +97,10 @@ class Run:
         for row in rows:
             self.report.labels[row.name] = row.label
             forward, both = (shapes.floor_bytes(row, dtype, backward) for backward in (False, True))
-            floors = (Timing.of([1e3 * size / self.bandwidth]) for size in (forward, both))
-            copies = (copy_time(self.clock, size) for size in (forward, both))
-            self.report.figures.append(Figure(row.name, dtype, FLOOR, *floors))
-            self.report.figures.append(Figure(row.name, dtype, COPY, *copies))
+            floors = [Timing.of([1e3 * size / self.bandwidth]) for size in (forward, both)]
+            copies = [copy_time(self.clock, size) for size in (forward, both)]
+            for name, (first, second) in ((FLOOR, floors), (COPY, copies)):
+                self.report.figures.append(Figure(row.name, dtype, name, forward=first, both=second))
 
     def measure(self, row: Row, dtype: str, implementation: Implementation) -> None:
         """One figure, or the reason why there is none."""
@@ -121,6 +121,7 @@ class Run:
 
     def _fill(self, figure: Figure, row: Row, implementation: Implementation) -> None:
         bound = implementation.bind(row, Inputs.random(row, figure.dtype, self.clock.device))
+        figure.kernel = bound.kernel
         figure.forward = self.clock.time(self._replayed(bound.forward))
         figure.both = self.clock.time(self._replayed(bound.both))
 
@@ -131,7 +132,7 @@ class Run:
         if self.options.out:
             ordered = _ordered(self.report)
             page = reports.markdown(ordered, "natcore beside its peers")
-            reports.write(ordered, self.options.out, self.options.name, page)
+            reports.write(asdict(ordered), self.options.out, self.options.name, page)
 
 
 def _ordered(report: Report) -> Report:

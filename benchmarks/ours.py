@@ -10,7 +10,8 @@ from torch import Tensor
 from benchmarks.peers import Bound, Implementation, Inputs, differentiable
 from benchmarks.shapes import Row
 from natcore import backends
-from natcore.problem import OPERANDS, RESULTS, Direction, call_of, problem_of
+from natcore.planning import choose
+from natcore.problem import OPERANDS, RESULTS, Call, Direction, call_of, problem_of
 from natcore.views import Device, View
 
 _ALIGNMENT = 256
@@ -28,38 +29,50 @@ def _packed(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return whole, list(whole.unbind(-3))
 
 
-def _executable(direction: Direction, row: Row, arrays: dict[str, Tensor]) -> Callable[[], None]:
-    """The prepared call on these arrays: what a repetition costs is the launch."""
+def _call(direction: Direction, row: Row, arrays: dict[str, Tensor]) -> Call:
     views = {name: _view(array) for name, array in arrays.items()}
-    problem = problem_of(row.window, views)
+    return call_of(direction, problem_of(row.window, views), views)
+
+
+def _executable(call: Call, arrays: dict[str, Tensor]) -> Callable[[], None]:
+    """The prepared call on these arrays: what a repetition costs is the launch."""
     device = arrays["q"].device
-    executable = backends.prepare(call_of(direction, problem, views), views["q"].device)
+    executable = backends.prepare(call, _view(arrays["q"]).device)
     scratch = torch.empty(executable.workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=device)
     workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-    pointers = [views[name].ptr if name in views else 0 for name in OPERANDS[direction]]
+    pointers = [arrays[name].data_ptr() if name in arrays else 0 for name in call.operands]
+    scale = call.problem.default_scale
 
     def run(keep: tuple = (scratch, arrays)) -> None:
-        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else 0
-        executable(pointers, problem.default_scale, stream, workspace)
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+        executable(pointers, scale, stream, workspace)
 
     return run
+
+
+def _kernel_name(call: Call, device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    from natcore.backends.cuda import facts
+
+    return choose(call, facts(device.index)).name
 
 
 def bind_kernels(row: Row, inputs: Inputs, packed: bool) -> Bound:
     """Forward (with LSE) and backward (every gradient) on memory allocated here, once."""
     arrays = {name: x for name, x in inputs._asdict().items() if x is not None}
     problem = problem_of(row.window, {name: _view(x) for name, x in arrays.items() if name != "d_out"})
-    options = {"device": inputs.q.device}
     for name in (*RESULTS["forward"], *RESULTS["backward"]):
         if problem.has(name):
             kind = getattr(torch, problem.dtype_of(name))
-            arrays[name] = torch.empty(problem.shapes[name], dtype=kind, **options)
+            arrays[name] = torch.empty(problem.shapes[name], dtype=kind, device=inputs.q.device)
     if packed:
         for names in (("q", "k", "v"), ("dq", "dk", "dv")):
             arrays |= dict(zip(names, _packed([arrays[name] for name in names])[1], strict=True))
     only = {d: {n: x for n, x in arrays.items() if n in OPERANDS[d]} for d in ("forward", "backward")}
-    run_forward = _executable("forward", row, only["forward"])
-    run_backward = _executable("backward", row, only["backward"])
+    forward_call = _call("forward", row, only["forward"])
+    run_forward = _executable(forward_call, only["forward"])
+    run_backward = _executable(_call("backward", row, only["backward"]), only["backward"])
     gradients = tuple(arrays["d" + name] for name in ("q", "k", "v", "rpb") if name in arrays)
 
     def forward() -> Tensor:
@@ -71,7 +84,7 @@ def bind_kernels(row: Row, inputs: Inputs, packed: bool) -> Bound:
         run_backward()
         return gradients
 
-    return Bound(forward, both, lambda x: x)
+    return Bound(forward, both, lambda x: x, _kernel_name(forward_call, inputs.q.device))
 
 
 def bind_torch(row: Row, inputs: Inputs, packed: bool) -> Bound:

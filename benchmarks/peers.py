@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.shapes import Axes, Row
-from benchmarks.timing import Work
 from natcore.problem import Window
 from natcore.reference import rpb_index
 
@@ -45,19 +44,22 @@ class Inputs(NamedTuple):
             kind = getattr(torch, problem.dtype_of(name))
             return torch.randn(problem.shapes[name], generator=generator, device=device, dtype=kind)
 
-        return cls(*(draw(name) for name in ("q", "k", "v", "d_out")), draw("rpb") if row.rpb else None)
+        rpb = draw("rpb") if row.rpb else None
+        return cls(draw("q"), draw("k"), draw("v"), draw("d_out"), rpb)
 
 
 class Bound(NamedTuple):
     """One implementation on one row's memory.
 
     ``forward`` returns out, ``both`` (forward, then backward) the gradients in the order of ``Inputs`` less d_out;
-    ``heads_last`` brings out or the gradient of q, k or v back to the row's layout.
+    ``heads_last`` brings out or the gradient of q, k or v back to the row's layout; ``kernel`` names what was chosen
+    to run the forward, where that is known.
     """
 
     forward: Callable[[], Tensor]
     both: Callable[[], tuple[Tensor, ...]]
     heads_last: Callable[[Tensor], Tensor]
+    kernel: str = ""
 
 
 class Implementation(NamedTuple):
@@ -68,7 +70,9 @@ class Implementation(NamedTuple):
     bind: Callable[[Row, Inputs], Bound]
 
 
-def differentiable(attention: Callable[..., Tensor], inputs: list[Tensor], d_out: Tensor) -> tuple[Work, Work]:
+def differentiable(
+    attention: Callable[..., Tensor], inputs: list[Tensor], d_out: Tensor
+) -> tuple[Callable[[], Tensor], Callable[[], tuple[Tensor, ...]]]:
     """``attention(*inputs)`` without and with all gradients."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     plain = [x.detach() for x in inputs]

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -30,6 +30,7 @@ class Figure:
     forward: Timing | None = None
     both: Timing | None = None
     error: str | None = None
+    kernel: str = ""
 
 
 @dataclass
@@ -130,20 +131,22 @@ def _predictions(report: Report, dtype: str) -> list[str]:
     """Every row against max(bytes / copy bandwidth, computed scores * head_dim / rate), the rate being the median
     over NAT's own rows of this run (none measured: no table)."""
     measured = {
-        row: figure.forward.ms
+        row: (figure.forward.ms, figure.kernel)
         for row in (ROWS[name] for name in report.labels if name in ROWS)
         if (figure := report.find(row.name, dtype, "natcore")) and figure.forward
     }
-    rates = [fitted_rate(row, ms) for row, ms in measured.items() if row.group == "nat"]
+    rates = [fitted_rate(row, ms) for row, (ms, _) in measured.items() if row.group == "nat"]
     if not rates:
         return []
     bandwidth, rate = 1e12 * report.rates["copy TB/s"], median(rates)
     rows = []
-    for row, ms in measured.items():
+    for row, (ms, kernel) in measured.items():
         predicted = predicted_ms(row, dtype, bandwidth, rate)
         waste = computed_scores(row) / useful_scores(row)
-        rows.append([row.name, row.label, f"{waste:.2f}", f"{predicted:.4g}", f"{ms:.4g}", f"{ms / predicted:.2f}"])
-    head = ["row", "workload", "computed / useful scores", "predicted ms", "measured ms", "measured / predicted"]
+        figures = [f"{waste:.2f}", f"{predicted:.4g}", f"{ms:.4g}", f"{ms / predicted:.2f}"]
+        rows.append([row.name, row.label, kernel, *figures])
+    waste = "computed / useful scores"
+    head = ["row", "workload", "kernel", waste, "predicted ms", "measured ms", "measured / predicted"]
     return [f"Rate: {rate:.4g} scores times head_dim per second.", "", *table(head, rows)]
 
 
@@ -168,12 +171,12 @@ def figure_cells(report: Report, figure: Figure) -> list[str]:
     return cells
 
 
-def write(report: Report, folder: Path, name: str, page: str) -> None:
+def write(data: dict, folder: Path, name: str, page: str) -> None:
     """``name``.md and ``name``.json in ``folder``; a write that fails leaves the old files."""
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in (
         (folder / f"{name}.md", page),
-        (folder / f"{name}.json", json.dumps(asdict(report), indent=1)),
+        (folder / f"{name}.json", json.dumps(data, indent=1)),
     ):
         temporary = path.with_suffix(f"{path.suffix}.{os.getpid()}")
         temporary.write_text(text)

@@ -141,8 +141,10 @@ class HostClock:
 
     def time(self, work: Work, seconds: float = 0.15) -> Timing:
         work()
+        start = time.perf_counter()
         first = self._once(work)
-        return Timing.of([first] + [self._once(work) for _ in range(repetitions(first / 1e3, seconds) - 1)])
+        count = repetitions(time.perf_counter() - start, seconds)  # the flush takes its time, too
+        return Timing.of([first] + [self._once(work) for _ in range(count - 1)])
 
     def empty(self) -> Timing:
         return self.time(lambda: None)

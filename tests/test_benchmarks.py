@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import gpu, report, shapes  # noqa: E402
+from benchmarks import gpu, latency, models, report, shapes  # noqa: E402
 from benchmarks.ours import OURS  # noqa: E402
 from benchmarks.peers import PEERS, Bound, Implementation, Inputs, block_mask, map_of, windows_of  # noqa: E402
 from benchmarks.shapes import Row  # noqa: E402
@@ -33,8 +34,8 @@ def implementation(name: str) -> Implementation:
 
 def check_against_reference(row: Row, bound: Bound, inputs: Inputs, window: Window, *, backward: bool = True) -> None:
     """out and every gradient of a bound implementation, float64 reference, float32 arithmetic."""
-    arrays = [None if x is None else x.numpy().astype(np.float64) for x in inputs]
-    q, k, v, d_out, rpb = arrays
+    q, k, v, d_out = (x.numpy().astype(np.float64) for x in inputs[:4])
+    rpb = None if inputs.rpb is None else inputs.rpb.numpy()
     out, _ = reference.forward(q, k, v, window, rpb=rpb)
     np.testing.assert_allclose(bound.heads_last(bound.forward()).numpy(), out, atol=1e-5)
     if backward:
@@ -58,8 +59,9 @@ def test_swin_is_blocked_neighborhood_attention(name):
     blocked = Window.of(2, (3, 4), stride=(3, 4))
     check_against_reference(row, bound, inputs, blocked)
     if inputs.rpb is not None:
-        arrays = [x.numpy() for x in (inputs.d_out, *inputs[:3])]
-        expected = reference.backward(*arrays, blocked, rpb=inputs.rpb.numpy()).drpb
+        q, k, v, d_out = (x.numpy() for x in inputs[:4])
+        expected = reference.backward(d_out, q, k, v, blocked, rpb=inputs.rpb.numpy()).drpb
+        assert expected is not None
         np.testing.assert_allclose(bound.both()[3].T.reshape(expected.shape).numpy(), expected, atol=1e-4)
 
 
@@ -90,6 +92,7 @@ def test_block_mask_covers_the_mask_and_full_blocks_are_full(row):
     kept = block_mask(row, CPU, block)
     any_pair = kept.to_dense()[0, 0].numpy().astype(bool)
     np.testing.assert_array_equal(any_pair, blocks.any((2, 3)))
+    assert kept.full_kv_num_blocks is not None
     assert kept.full_kv_num_blocks[0, 0].tolist() == blocks.all((2, 3)).sum(1).tolist()
 
 
@@ -100,7 +103,9 @@ def test_own_entries_measure_the_row_itself(name):
     entry = next(entry for entry in OURS if entry.name == name)
     bound = entry.bind(row, inputs)
     check_against_reference(row, bound, inputs, row.window)
-    assert bound.both()[3].shape == inputs.rpb.shape
+    q, k, v, d_out, rpb = (x.numpy() for x in inputs if x is not None)
+    expected = reference.backward(d_out, q, k, v, row.window, rpb=rpb).drpb
+    np.testing.assert_allclose(bound.both()[3].numpy(), expected, atol=1e-4)
 
 
 def test_windows_round_trip():
@@ -182,6 +187,12 @@ def run(tmp_path: Path, *more: str) -> tuple[report.Report, str, dict]:
     return kept, (tmp_path / "gpu.md").read_text(), json.loads((tmp_path / "gpu.json").read_text())
 
 
+def figure_of(kept: report.Report, implementation: str) -> report.Figure:
+    figure = kept.find("tiny", "float32", implementation)
+    assert figure is not None, implementation
+    return figure
+
+
 def test_report_holds_every_figure(tiny_rows, tmp_path):
     kept, page, data = run(tmp_path, "--peers", "sdpa", "swin", "natten")
     names = [figure["implementation"] for figure in data["figures"]]
@@ -189,11 +200,12 @@ def test_report_holds_every_figure(tiny_rows, tmp_path):
     assert {"natcore", "torch_nat", "full self attention (SDPA)"} < set(names)
     assert data["machine"]["commit"] != ""
     assert "--rows tiny" in data["machine"]["command"]
-    natcore, sdpa = kept.find("tiny", "float32", "natcore"), kept.find("tiny", "float32", "full self attention (SDPA)")
-    assert natcore.forward.repetitions >= 3
+    natcore, sdpa = figure_of(kept, "natcore"), figure_of(kept, "full self attention (SDPA)")
+    assert natcore.forward is not None and natcore.forward.repetitions >= 3
+    assert sdpa.forward is not None and sdpa.both is not None
     assert report.figure_cells(kept, sdpa)[4] == f"{sdpa.forward.ms / natcore.forward.ms:.2f}"
     assert "predicted and measured" in page
-    assert all(line.count("|") in (0, 7, 13) for line in page.splitlines())
+    assert all(line.count("|") in (0, 8, 13) for line in page.splitlines())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
 
 
@@ -203,7 +215,7 @@ def test_a_peer_that_fails_prints_its_error(tiny_rows, tmp_path, monkeypatch):
 
     monkeypatch.setitem(PEERS, "sdpa", [Implementation("broken", lambda row: True, fail)])
     kept, page, _ = run(tmp_path, "--peers", "sdpa")
-    assert kept.find("tiny", "float32", "broken").error == "RuntimeError: no kernel / for this"
+    assert figure_of(kept, "broken").error == "RuntimeError: no kernel / for this"
     assert "RuntimeError: no kernel / for this" in page
 
 
@@ -211,3 +223,50 @@ def test_a_spent_budget_is_said(tiny_rows, tmp_path):
     kept, page, _ = run(tmp_path, "--peers", "sdpa", "--budget-seconds", "0")
     assert [f.implementation for f in kept.figures] == [report.FLOOR, report.COPY]
     assert "full self attention (SDPA) on tiny float32: the time budget was spent" in page
+
+
+def test_models_are_measured_and_compared(tmp_path, monkeypatch):
+    def build(name: str):
+        if name == "absent":
+            raise RuntimeError("Unknown model (absent)")
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 1000))
+
+    monkeypatch.setattr(models, "build", build)
+    arguments = ["--device", "cpu", "--modes", "eager", "--batch", "2", "--image-size", "8", "--out", str(tmp_path)]
+    kept = models.main([*arguments, "--models", "nat_mini", "absent"])
+    assert [(f.model, f.job) for f in kept.figures] == [
+        *(("nat_mini", "inference"), ("absent", "inference")),
+        *(("nat_mini", "training"), ("absent", "training")),
+    ]
+    for figure in kept.figures:
+        if figure.model == "nat_mini":
+            assert figure.images_per_second and figure.images_per_second > 0
+        else:
+            assert figure.error == "RuntimeError: Unknown model (absent)"
+    assert "RuntimeError: Unknown model (absent)" in (tmp_path / "models.md").read_text()
+
+
+def test_model_page_has_ratios_to_the_compiled_peers():
+    figures = [
+        models.ModelFigure("nat_tiny", "inference", "compiled", 12000.0, 1.5, 30.0),
+        models.ModelFigure("swin", "inference", "compiled", 8000.0),
+        models.ModelFigure("swin", "inference", "eager", 4000.0),
+        models.ModelFigure("jax:nat_tiny", "inference", "jit", error="no GPU"),
+    ]
+    page = models.page(models.ModelReport({"command": "c", "commit": "0", "date": "d"}, figures))
+    assert "| nat_tiny | inference | compiled | 12,000 | 1.50 | 1.50 | 30.0 |" in page
+    assert "| swin | inference | eager | 4,000 | 0.50 |" in page
+    assert "| jax:nat_tiny | inference | jit | no GPU |" in page
+
+
+def test_latency_counts_one_call():
+    assert latency.microseconds(lambda: time.sleep(1e-3), lambda: None, calls=3, blocks=3) > 900
+    assert latency.import_seconds("json", "import sys", runs=1) > 0
+    with pytest.raises(RuntimeError, match="ModuleNotFoundError"):
+        latency.import_seconds("no_such_module", "", runs=1)
+
+
+def test_repeated_calls_cover_every_door():
+    found = latency.repeated_calls(CPU)
+    assert {"bare executable", "natcore.na2d", "torch_nat.na2d, no grad"} <= set(found)
+    assert min(found.values()) > 0

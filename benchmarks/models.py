@@ -1,0 +1,256 @@
+"""Whole models: NAT beside Swin and ConvNeXt of timm, images per second and peak memory.
+
+    python3 -m benchmarks.models --out benchmarks/results
+
+Inference runs in float16 with the weights in float16. A training step is forward under bfloat16 autocast,
+cross-entropy, backward and AdamW (fused on CUDA), at the same drop path rate for every model. Figures are medians
+over blocks of steps by the host's clock, the device synchronised at the ends of a block, so launch gaps count.
+"eager" is the model as it stands, "compiled" torch.compile with its defaults (NAT with fullgraph=True), "graphs"
+torch.compile with CUDA graphs (mode="reduce-overhead"). jax_nat's model runs in a process of its own, under jit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from benchmarks import report as reports
+from natcore.models import MODELS
+
+_DROP_PATH = 0.2
+_COMPILED = {"compiled": None, "graphs": "reduce-overhead"}
+CHANNELS_LAST = "@channels_last"
+JAX = "jax:"
+
+
+@dataclass
+class ModelFigure:
+    """Images per second of one model at one job ("inference" or "training") in one mode."""
+
+    model: str
+    job: str
+    mode: str
+    images_per_second: float | None = None
+    peak_gib: float | None = None
+    first_step_seconds: float | None = None  # compilation included
+    error: str | None = None
+
+
+@dataclass
+class ModelReport:
+    machine: dict[str, str]
+    figures: list[ModelFigure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def is_ours(name: str) -> bool:
+    return name.removeprefix(JAX).removesuffix(CHANNELS_LAST) in MODELS
+
+
+def build(name: str) -> nn.Module:
+    """A torch model with random weights: torch_nat's if the name is one of NAT's, else timm's."""
+    if is_ours(name):
+        import torch_nat
+
+        return torch_nat.create_model(name, drop_path_rate=_DROP_PATH)
+    import timm  # type: ignore[import-not-found]
+
+    return timm.create_model(name, drop_path_rate=_DROP_PATH)
+
+
+def images_per_second(step: Callable[[], object], wait: Callable[[], None], batch: int) -> float:
+    """Median over 5 blocks of about a quarter of a second each, after a warm-up."""
+    for _ in range(2):
+        step()
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    count = max(1, round(0.25 / (time.perf_counter() - start)))
+    blocks = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        wait()
+        blocks.append((time.perf_counter() - start) / count)
+    return batch / median(blocks)
+
+
+class Bench:
+    """The device, the batch and the time that is left."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.device = torch.device(options.device)
+        self.batch, self.size = options.batch, options.image_size
+        self.deadline = time.monotonic() + options.budget_seconds
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def measure(self, figure: ModelFigure) -> None:
+        """Fills the figure, or its error."""
+        cuda = self.device.type == "cuda"
+        torch.compiler.reset()
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            step = (self._inference if figure.job == "inference" else self._training)(figure.model, figure.mode)
+            start = time.perf_counter()
+            step()
+            self.wait()
+            figure.first_step_seconds = time.perf_counter() - start
+            figure.images_per_second = images_per_second(step, self.wait, self.batch)
+            figure.peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        except Exception as error:  # noqa: BLE001 - one model that fails must not end the run
+            figure.error = f"{type(error).__name__}: {error}".splitlines()[0][:160].replace("|", "/")
+
+    def _model(self, name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, bool]:
+        plain = name.removesuffix(CHANNELS_LAST)
+        layout = torch.channels_last if plain != name else torch.contiguous_format
+        model = build(plain).to(self.device, dtype, memory_format=layout)  # type: ignore[call-overload]
+        images = torch.randn(self.batch, 3, self.size, self.size, device=self.device, dtype=dtype)
+        return model, images.to(memory_format=layout), is_ours(plain)
+
+    def _inference(self, name: str, mode: str) -> Callable[[], object]:
+        model, images, ours = self._model(name, torch.float16)
+        model.eval()
+        call = model if mode == "eager" else torch.compile(model, fullgraph=ours, mode=_COMPILED[mode])
+
+        def step() -> object:
+            with torch.inference_mode():
+                return call(images)
+
+        return step
+
+    def _training(self, name: str, mode: str) -> Callable[[], object]:
+        model, images, ours = self._model(name, torch.float32)
+        labels = torch.randint(0, 1000, (self.batch,), device=self.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=self.device.type == "cuda")
+        call = model if mode == "eager" else torch.compile(model, fullgraph=ours, mode=_COMPILED[mode])
+
+        def step() -> object:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                loss = nn.functional.cross_entropy(call(images), labels)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step
+
+
+def measure_jax(figure: ModelFigure, options: argparse.Namespace) -> None:
+    """jax_nat's model in a process of its own: two frameworks would fight over the memory."""
+    name = figure.model.removeprefix(JAX)
+    command = [sys.executable, "-m", "benchmarks.jax_model", name, str(options.batch), str(options.image_size)]
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if options.device == "cpu":
+        environment["JAX_PLATFORMS"] = "cpu"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        figure.error = "no answer within 600 s"
+        return
+    if found is None:
+        figure.error = (done.stderr.strip().splitlines() or ["no message"])[-1][:160].replace("|", "/")
+        return
+    figure.images_per_second, figure.first_step_seconds = found["images_per_second"], found["first_step_seconds"]
+
+
+def page(report: ModelReport) -> str:
+    """One table, with ratios to the compiled peers at the same job."""
+    against = [
+        (name, {f.job: f for f in report.figures if f.model == name and f.mode == "compiled"})
+        for name in dict.fromkeys(f.model for f in report.figures)
+        if not is_ours(name)
+    ]
+    rows = []
+    for f in report.figures:
+        speed = (
+            f"{f.images_per_second:,.{0 if f.images_per_second >= 100 else 3}f}"
+            if f.images_per_second
+            else f.error or "-"
+        )
+        ratios = []
+        for _, peers in against:
+            base = peers.get(f.job)
+            known = base and base.images_per_second and f.images_per_second
+            ratios.append(f"{f.images_per_second / base.images_per_second:.2f}" if known else "")  # type: ignore[operator]
+        peak = f"{f.peak_gib:.2f}" if f.peak_gib else ""
+        first = f"{f.first_step_seconds:.1f}" if f.first_step_seconds else ""
+        rows.append([f.model, f.job, f.mode, speed, *ratios, peak, first])
+    head = ["model", "job", "mode", "images / s", *(f"x {name} compiled" for name, _ in against)]
+    lines = ["# Whole models", "", *reports.machine_lines(report.machine)]
+    lines += reports.table([*head, "peak GiB", "first step s"], rows)
+    return "\n".join([*lines, "", *(f"- Left out: {note}" for note in report.notes), ""])
+
+
+def main(arguments: list[str] | None = None) -> ModelReport:
+    options = _parser().parse_args(arguments)
+    torch.backends.cudnn.benchmark = True
+    words = sys.argv[1:] if arguments is None else arguments
+    report = ModelReport(reports.machine(shlex.join(["python3", "-m", "benchmarks.models", *words]), options.commit))
+    bench = Bench(options)
+    for figure in _figures(options):
+        if time.monotonic() > bench.deadline:
+            report.notes.append(f"{figure.model} {figure.job} {figure.mode}: the time budget was spent")
+            continue
+        report.figures.append(figure)
+        measure_jax(figure, options) if figure.model.startswith(JAX) else bench.measure(figure)
+        print(asdict(figure), flush=True)
+        if options.out:
+            reports.write(asdict(report), options.out, options.name, page(report))
+    print(page(report))
+    return report
+
+
+def _figures(options: argparse.Namespace) -> list[ModelFigure]:
+    figures = [
+        ModelFigure(model, job, mode)
+        for job in options.jobs
+        for mode in options.modes
+        for model in options.models
+        if not model.startswith(JAX)
+    ]
+    if "inference" in options.jobs:
+        figures += [ModelFigure(model, "inference", "jit") for model in options.models if model.startswith(JAX)]
+    return figures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("benchmarks.models", description=(__doc__ or "").splitlines()[0])
+    models = ["nat_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", f"{JAX}nat_tiny"]
+    text = f"names of torch_nat or timm; {CHANNELS_LAST} after a name sets its layout, {JAX} before it takes jax_nat's"
+    parser.add_argument("--models", nargs="+", default=models, help=text)
+    parser.add_argument("--jobs", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", *_COMPILED])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="what is left then is skipped")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="folder for models.md and models.json")
+    parser.add_argument("--name", default="models", help="name of the two files")
+    parser.add_argument("--commit", help="the commit that is measured, where git cannot tell")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
