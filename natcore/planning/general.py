@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, prod
 
+from natcore.planning import listed
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -25,7 +26,7 @@ from natcore.planning.plan import (
     Workspace,
     capability,
 )
-from natcore.problem import OPERANDS, RESULTS, Call, Direction, Problem, Window
+from natcore.problem import OPERANDS, RESULTS, Call, Problem
 from natcore.views import ITEM_SIZES, contiguous_strides
 
 MAX_HEAD_DIM = 256
@@ -301,7 +302,7 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     if max(problem.spatial) > MAX_EXTENT:
         return f"the map {problem.spatial} has an axis longer than {MAX_EXTENT}."
     for name, strides in zip(call.operands, call.strides, strict=True):
-        if strides is not None and name in _ROWS and strides[-1] != 1:
+        if problem.batch and strides is not None and name in _ROWS and strides[-1] != 1:
             return f"{name} has stride {strides[-1]} on its last axis; it must be contiguous."
     return None
 
@@ -319,38 +320,4 @@ _KERNELS = tuple(
     )
 )
 
-
-def _listed() -> tuple[Call, ...]:
-    """The calls at which the kernels are compiled and checked: every dtype, load width and row length class."""
-    plain = Problem(Window.of(2, 7), 2, (56, 56), 2, 2, 32, 32, 0, "float16", None)
-    problems = [replace(plain, dtype=dtype, rpb_dtype=rpb) for dtype, rpb in _LISTED_DTYPES]
-    problems += [replace(plain, dtype=dtype, head_dim=d, head_dim_v=d) for dtype in ITEM_SIZES for d in (64, 128, 256)]
-    problems += [
-        replace(plain, head_dim=80, head_dim_v=48, heads_kv=1, extra=4, rpb_dtype="float32"),
-        replace(plain, head_dim=5, head_dim_v=3, extra=1, rpb_dtype="float32"),
-        replace(plain, dtype="float64", head_dim=255, head_dim_v=1, extra=1, rpb_dtype="float64"),
-    ]
-    return tuple(_contiguous(direction, problem) for problem in problems for direction in ("forward", "backward"))
-
-
-_LISTED_DTYPES = (
-    ("float16", "float16"),
-    ("float16", "float32"),
-    ("bfloat16", "bfloat16"),
-    ("bfloat16", "float32"),
-    ("float32", "float32"),
-    ("float64", "float64"),
-)
-
-
-def _contiguous(direction: Direction, problem: Problem) -> Call:
-    """The call on contiguous arrays, with every operand that the problem has."""
-    names = OPERANDS[direction]
-    return Call(
-        direction,
-        problem,
-        tuple(contiguous_strides(problem.shapes[name]) if problem.has(name) else None for name in names),
-    )
-
-
-CANDIDATE = Candidate("general", _KERNELS, ("vector", "lanes", "strip", "threads"), refusal, plan, _listed)
+CANDIDATE = Candidate("general", _KERNELS, ("vector", "lanes", "strip", "threads"), refusal, plan, listed.general)

@@ -1,0 +1,40 @@
+"""The calls at which kernels are compiled ahead of time and checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from natcore.problem import OPERANDS, Call, Direction, Problem, Window
+from natcore.views import contiguous_strides
+
+_DTYPES = (  # of q, of the bias
+    ("float16", "float16"),
+    ("float16", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("bfloat16", "float32"),
+    ("float32", "float32"),
+    ("float64", "float64"),
+)
+
+
+def contiguous_call(direction: Direction, problem: Problem) -> Call:
+    """The call on contiguous arrays, with every operand that the problem has."""
+    names = OPERANDS[direction]
+    strides = (contiguous_strides(problem.shapes[name]) if problem.has(name) else None for name in names)
+    return Call(direction, problem, tuple(strides))
+
+
+def general() -> tuple[Call, ...]:
+    """Every dtype at head_dim 32, the widest rows of each, and the odd ones."""
+    plain = Problem(Window.of(2, 7), 2, (56, 56), 2, 2, 32, 32, 0, "float16", None)
+    problems = [replace(plain, dtype=dtype, rpb_dtype=rpb) for dtype, rpb in _DTYPES]
+    problems += [replace(plain, dtype=dtype, head_dim=128, head_dim_v=128) for dtype in ("float16", "bfloat16")]
+    problems += [
+        replace(plain, dtype=dtype, head_dim=256, head_dim_v=256) for dtype in ("bfloat16", "float32", "float64")
+    ]
+    problems += [
+        replace(plain, head_dim=80, head_dim_v=48, heads_kv=1, extra=4, rpb_dtype="float32"),
+        replace(plain, head_dim=5, head_dim_v=3, extra=1, rpb_dtype="float32"),
+        replace(plain, dtype="float64", head_dim=255, head_dim_v=1, extra=1, rpb_dtype="float64"),
+    ]
+    return tuple(contiguous_call(direction, problem) for problem in problems for direction in ("forward", "backward"))
