@@ -205,8 +205,7 @@ def _call(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         out, lse = _Attention.apply(window, scale, config, *tensors)
     else:
-        q, k, v = leading if len(leading) == 3 else launch.split_packed(rank, leading[0])
-        out, lse = launch.forward(window, scale, config, return_lse, q, k, v, *extras)
+        out, lse = launch.forward(window, scale, config, return_lse, leading, extras)
     return (out, lse) if return_lse else out
 
 
@@ -259,11 +258,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, window: Window, scale: float | None, config: Config | None, *tensors: Any):
-        ctx.call, ctx.packed = (window, scale, config), len(tensors) == 4
+        ctx.call = (window, scale, config)
         ctx.set_materialize_grads(False)
-        *leading, rpb, keys, values = tensors
-        q, k, v = launch.split_packed(window.rank, leading[0]) if ctx.packed else leading
-        out, lse = launch.forward(window, scale, config, True, q, k, v, rpb, keys, values)
+        out, lse = launch.forward(window, scale, config, True, tensors[:-3], tensors[-3:])
         ctx.save_for_backward(*tensors, out, lse)
         return out, lse
 
@@ -271,15 +268,12 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None):
         *tensors, out, lse = ctx.saved_tensors
-        *leading, rpb, keys, values = tensors
+        leading, extras = tuple(tensors[:-3]), tuple(tensors[-3:])
         d_out = torch.zeros_like(out) if d_out is None else d_out
         window, scale, config = ctx.call
         if torch.compiler.is_compiling() or not _is_plain((d_out,), (d_lse,)):
-            operation = ops.backward_of(len(leading))
-            saved = (d_out, *leading, out, lse, d_lse, rpb, keys, values)
-            gradients = operation(*saved, *ops.window_arguments(window, scale, config))
+            arguments = ops.window_arguments(window, scale, config)
+            gradients = ops.backward_of(len(leading))(d_out, *leading, out, lse, d_lse, *extras, *arguments)
             given = (None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=True))
             return None, None, None, *given
-        q, k, v = launch.split_packed(window.rank, leading[0]) if ctx.packed else leading
-        saved = (d_out, q, k, v, out, lse, d_lse, rpb, keys, values)
-        return None, None, None, *launch.backward(window, scale, config, saved, packed=ctx.packed)
+        return None, None, None, *launch.backward(window, scale, config, leading, (d_out, out, lse, d_lse), extras)

@@ -8,7 +8,9 @@ Nothing here knows of autograd or of the dispatcher: the callers hand over plain
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -20,14 +22,13 @@ from natcore.problem import (
     OPERANDS,
     RESULTS,
     Direction,
-    Problem,
     Window,
     call_of,
     check_operand,
     check_packed,
     problem_of,
 )
-from natcore.views import Device, View, contiguous_strides
+from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
 
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -44,6 +45,8 @@ class Prepared(NamedTuple):
     scale: float  # the default one
     cuda_index: int | None  # None on the CPU
     results: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
+    qkv_step: int  # bytes from q to k and from k to v, where they are packed; else 0
+    dqkv_step: int
 
 
 def window_of(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Window:
@@ -57,41 +60,32 @@ def window_of(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal
 _window_of = lru_cache(maxsize=1024, typed=True)(Window.of)
 
 
-def split_packed(rank: int, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v as views inside qkv [batch, *spatial, 3, heads, head_dim]."""
-    check_packed(rank, qkv.shape)
-    q, k, v = qkv.unbind(-3)
-    return q, k, v
-
-
 def forward(
     window: Window,
     scale: float | None,
     config: Config | None,
     with_lse: bool,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
+    leading: tuple[Tensor, ...],
+    extras: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor | None]:
-    """out, and lse where asked for. Raises ValueError for anything that is not a valid problem."""
-    tensors = (q, k, v, rpb, additional_keys, additional_values)
+    """out, and lse where asked for. Raises ValueError for anything that is not a valid problem.
+
+    ``leading``: q, k, v, or one packed [batch, *spatial, 3, heads, head_dim]; ``extras``: rpb,
+    additional_keys, additional_values.
+    """
+    first, *others = leading
     prepared = prepare_forward(
         window,
         config,
         with_lse,
-        (q.shape, q.stride(), q.dtype, q.device),
-        (k.shape, k.stride(), k.dtype, k.device),
-        (v.shape, v.stride(), v.dtype, v.device),
-        None if rpb is None else describe(rpb),
-        None if additional_keys is None else describe(additional_keys),
-        None if additional_values is None else describe(additional_values),
+        (first.shape, first.stride(), first.dtype, first.device),
+        *[(t.shape, t.stride(), t.dtype, t.device) for t in others],
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in extras],
     )
-    out, lse = _empty(prepared.results, q.device)
+    out, lse = (None if r is None else first.new_empty(r[0], dtype=r[1]) for r in prepared.results)
     assert out is not None
-    _run(prepared, scale, (*tensors, out, lse), q.device)
+    pointers = _pointers(leading, prepared.qkv_step) + [0 if t is None else t.data_ptr() for t in (*extras, out, lse)]
+    _run(prepared, scale, pointers, first.device)
     return out, lse
 
 
@@ -99,26 +93,36 @@ def backward(
     window: Window,
     scale: float | None,
     config: Config | None,
-    tensors: tuple[Tensor | None, ...],
-    packed: bool = False,
+    leading: tuple[Tensor, ...],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    extras: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv, drpb, d_additional_keys, d_additional_values; None for what was not given.
+    """The gradients of ``leading`` and ``extras``, as in `forward`; None for what was not given.
 
-    ``tensors``: d_out, q, k, v, out, lse, d_lse, rpb, additional_keys, additional_values. With
-    ``packed``, one dqkv [batch, *spatial, 3, heads, head_dim] stands for the first three gradients.
+    ``saved``: d_out, out, lse, d_lse. A packed gradient is written directly as one tensor.
     """
-    d_out, q, k, v, out, lse, d_lse, *extras = tensors
-    assert d_out is not None and q is not None
-    tensors = (_readable(d_out), q, k, v, out, lse, None if d_lse is None else _readable(d_lse), *extras)
-    prepared = prepare_backward(window, config, packed, *(None if t is None else describe(t) for t in tensors))
-    if not packed:
-        results = _empty(prepared.results, q.device)
-        _run(prepared, scale, (*tensors, *results), q.device)
-        return results
-    dqkv = torch.empty((*q.shape[:-2], 3, *q.shape[-2:]), dtype=q.dtype, device=q.device)
-    others = _empty(prepared.results[3:], q.device)
-    _run(prepared, scale, (*tensors, *dqkv.unbind(-3), *others), q.device)
-    return dqkv, *others
+    d_out, out, lse, d_lse = saved
+    d_out, d_lse = _readable(d_out), None if d_lse is None else _readable(d_lse)
+    tensors = (d_out, *leading, out, lse, d_lse, *extras)
+    prepared = prepare_backward(window, config, *[None if t is None else describe(t) for t in tensors])
+    device = d_out.device
+    results = [None if r is None else torch.empty(r[0], dtype=r[1], device=device) for r in prepared.results]
+    count = len(leading)
+    pointers = [d_out.data_ptr(), *_pointers(leading, prepared.qkv_step)]
+    pointers += [0 if t is None else t.data_ptr() for t in tensors[1 + count :]]
+    pointers += _pointers(results[:count], prepared.dqkv_step)
+    pointers += [0 if t is None else t.data_ptr() for t in results[count:]]
+    _run(prepared, scale, pointers, device)
+    return tuple(results)
+
+
+def _pointers(leading: Sequence[Any], step: int) -> list[int]:
+    """The addresses of q, k and v (or of their gradients), packed or not."""
+    if len(leading) == 3:
+        q, k, v = leading
+        return [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+    start = leading[0].data_ptr()
+    return [start, start + step, start + 2 * step]
 
 
 def describe(tensor: Tensor) -> Description:
@@ -137,21 +141,14 @@ def _readable(gradient: Tensor) -> Tensor:
 def prepare_forward(
     window: Window, config: Config | None, with_lse: bool, *descriptions: Description | None
 ) -> Prepared:
-    """The call on tensors so described: all checks, the plan, the kernels."""
-    return _prepare("forward", window, config, descriptions, {} if with_lse else {"lse": None})
+    """The call on tensors so described (q, k, v or qkv, and the extras): all checks, the plan, the kernels."""
+    return _prepare("forward", window, config, descriptions, ("out", "lse") if with_lse else ("out",))
 
 
 @lru_cache(maxsize=4096)
-def prepare_backward(
-    window: Window, config: Config | None, packed: bool, *descriptions: Description | None
-) -> Prepared:
-    strides: dict[str, tuple[int, ...] | None] = {}
-    if packed:
-        q = descriptions[1]
-        assert q is not None
-        whole = contiguous_strides((*q[0][:-2], 3, *q[0][-2:]))
-        strides |= dict.fromkeys(("dq", "dk", "dv"), (*whole[:-3], *whole[-2:]))
-    return _prepare("backward", window, config, descriptions, strides)
+def prepare_backward(window: Window, config: Config | None, *descriptions: Description | None) -> Prepared:
+    """As `prepare_forward`; the descriptions are those of d_out, q, k, v or qkv, out, lse, d_lse, extras."""
+    return _prepare("backward", window, config, descriptions, RESULTS["backward"])
 
 
 def _prepare(
@@ -159,11 +156,14 @@ def _prepare(
     window: Window,
     config: Config | None,
     descriptions: tuple[Description | None, ...],
-    result_strides: dict[str, tuple[int, ...] | None],
+    wanted: tuple[str, ...],
 ) -> Prepared:
-    """``result_strides``: for results that are not contiguous; None for one that nobody asked for."""
-    names = OPERANDS[direction]
-    inputs = [name for name in names if name not in RESULTS[direction]]
+    inputs = [name for name in OPERANDS[direction] if name not in RESULTS[direction]]
+    packed, at = None, inputs.index("q")
+    if len(descriptions) < len(inputs):
+        packed = descriptions[at]
+        assert packed is not None  # _is_plain and the schema admit no None there
+        descriptions = (*descriptions[:at], *split_packed(window.rank, packed), *descriptions[at + 1 :])
     views = {name: None if d is None else view_of(name, d) for name, d in zip(inputs, descriptions, strict=True)}
     problem = problem_of(window, views)
     q = views["q"]
@@ -172,16 +172,26 @@ def _prepare(
         if view is not None:
             check_operand(problem, name, view, q.device)
     for name in RESULTS[direction]:
-        shape = problem.shapes[name]
-        strides = result_strides.get(name, contiguous_strides(shape)) if problem.has(name) else None
-        views[name] = None if strides is None else View(0, shape, strides, problem.dtype_of(name), q.device)
+        shape, dtype = problem.shapes[name], problem.dtype_of(name)
+        present = name in wanted and problem.has(name)
+        views[name] = View(0, shape, contiguous_strides(shape), dtype, q.device) if present else None
+    results = tuple(_allocation(views[name]) for name in RESULTS[direction])
+    steps = (0, 0) if packed is None else (packed[1][-3], prod(q.shape[-2:]))
+    if packed is not None and direction == "backward":
+        whole = contiguous_strides(tuple(packed[0]))
+        views |= {name: q._replace(strides=(*whole[:-3], *whole[-2:])) for name in ("dq", "dk", "dv")}
+        results = ((tuple(packed[0]), packed[2]), *results[3:])
     executable = backends.prepare(call_of(direction, problem, views), q.device, config)
-    return Prepared(
-        executable,
-        problem.default_scale,
-        None if q.device.type == "cpu" else q.device.index,
-        tuple(_allocation(problem, name) if views[name] is not None else None for name in RESULTS[direction]),
-    )
+    index = None if q.device.type == "cpu" else q.device.index
+    return Prepared(executable, problem.default_scale, index, results, *(step * ITEM_SIZES[q.dtype] for step in steps))
+
+
+def split_packed(rank: int, qkv: Description) -> tuple[Description, Description, Description]:
+    """The descriptions of q, k and v inside qkv [batch, *spatial, 3, heads, head_dim]."""
+    shape, strides, dtype, device = qkv
+    check_packed(rank, shape)
+    part = (torch.Size((*shape[:-3], *shape[-2:])), (*strides[:-3], *strides[-2:]), dtype, device)
+    return part, part, part
 
 
 def view_of(name: str, description: Description) -> View:
@@ -192,22 +202,15 @@ def view_of(name: str, description: Description) -> View:
     return View(0, tuple(shape), tuple(strides), _NAMES[dtype], Device(device.type, device.index or 0))
 
 
-def _allocation(problem: Problem, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    return problem.shapes[name], _DTYPES[problem.dtype_of(name)]
+def _allocation(result: View | None) -> tuple[tuple[int, ...], torch.dtype] | None:
+    return None if result is None else (result.shape, _DTYPES[result.dtype])
 
 
-def _empty(
-    results: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...], device: torch.device
-) -> tuple[Tensor | None, ...]:
-    return tuple(None if r is None else torch.empty(r[0], dtype=r[1], device=device) for r in results)
-
-
-def _run(prepared: Prepared, scale: float | None, tensors: tuple[Tensor | None, ...], device: torch.device) -> None:
+def _run(prepared: Prepared, scale: float | None, pointers: list[int], device: torch.device) -> None:
     """Launch on the current stream of the tensors' device; scratch memory comes from torch's allocator.
 
     The stream orders every later use of that memory, so it may be freed as soon as this returns.
     """
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     scale = prepared.scale if scale is None else float(scale)
     executable, index = prepared.executable, prepared.cuda_index
     workspace, address = None, 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from natcore.planning import Config
-from natcore.problem import Window, problem_of
+from natcore.problem import Window, check_packed, problem_of
 from torch_nat import launch
 
 _WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float? scale, str? config"
@@ -79,28 +79,31 @@ def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_c
 # CPU and CUDA kernels.
 
 
-def _attention(q, k, v, rpb, keys, values, kernel_size, stride, dilation, is_causal, scale, config):
+def _attention(q, k, v, rpb, keys, values, *window):
+    return _forward((q, k, v), (rpb, keys, values), *window)
+
+
+def _attention_packed(qkv, rpb, keys, values, *window):
+    return _forward((qkv,), (rpb, keys, values), *window)
+
+
+def _forward(leading, extras, kernel_size, stride, dilation, is_causal, scale, config):
     window = _window(kernel_size, stride, dilation, is_causal)
-    return launch.forward(window, scale, decode_config(config), True, q, k, v, rpb, keys, values)
-
-
-def _attention_packed(qkv, rpb, keys, values, kernel_size, *window):
-    return _attention(*launch.split_packed(len(kernel_size), qkv), rpb, keys, values, kernel_size, *window)
-
-
-def _gradients(d_out, q, k, v, saved, extras, kernel_size, stride, dilation, is_causal, scale, config, packed):
-    window = _window(kernel_size, stride, dilation, is_causal)
-    gradients = launch.backward(window, scale, decode_config(config), (d_out, q, k, v, *saved, *extras), packed)
-    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return launch.forward(window, scale, decode_config(config), True, leading, extras)
 
 
 def _attention_backward(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, *window):
-    return _gradients(d_out, q, k, v, (out, lse, d_lse), (rpb, keys, values), *window, packed=False)
+    return _backward((q, k, v), (d_out, out, lse, d_lse), (rpb, keys, values), *window)
 
 
-def _attention_packed_backward(d_out, qkv, out, lse, d_lse, rpb, keys, values, kernel_size, *window):
-    qkv = launch.split_packed(len(kernel_size), qkv)
-    return _gradients(d_out, *qkv, (out, lse, d_lse), (rpb, keys, values), kernel_size, *window, packed=True)
+def _attention_packed_backward(d_out, qkv, out, lse, d_lse, rpb, keys, values, *window):
+    return _backward((qkv,), (d_out, out, lse, d_lse), (rpb, keys, values), *window)
+
+
+def _backward(leading, saved, extras, kernel_size, stride, dilation, is_causal, scale, config):
+    window = _window(kernel_size, stride, dilation, is_causal)
+    gradients = launch.backward(window, scale, decode_config(config), leading, saved, extras)
+    return tuple(saved[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 # Shapes alone. The checks are those of the kernels, so that a bad problem fails when it is traced.
@@ -115,7 +118,8 @@ def _attention_fake(q, k, v, rpb, keys, values, kernel_size, stride, dilation, i
 
 
 def _attention_packed_fake(qkv, rpb, keys, values, kernel_size, *window):
-    return _attention_fake(*launch.split_packed(len(kernel_size), qkv), rpb, keys, values, kernel_size, *window)
+    check_packed(len(kernel_size), qkv.shape)
+    return _attention_fake(*qkv.unbind(-3), rpb, keys, values, kernel_size, *window)
 
 
 def _attention_backward_fake(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, *_):

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 from torch.overrides import TorchFunctionMode
 
 import torch_nat
-from tests.cases import CASES, Case, check, expected, inputs
+from tests.cases import CASES, Case, check, expected, inputs, random_case
 from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, run, tensors_of, to_numpy, to_torch
+from torch_nat import launch
 from torch_nat.functional import _is_plain
 
 SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
@@ -32,6 +34,23 @@ def test_every_case(case: Case):
 def test_every_dtype(case: Case, dtype: str):
     arrays = inputs(case, dtype)
     check(case, dtype, arrays, run(case, tensors_of(arrays)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(random_case(max_tokens=100))
+def test_random_problems(case: Case):
+    arrays = inputs(case, "float64")
+    check(case, "float64", arrays, run(case, tensors_of(arrays)))
+
+
+def test_a_repeated_call_is_prepared_once():
+    q = torch.randn(2, 9, 5, 3, 4, requires_grad=True)
+    for prepare in (launch.prepare_forward, launch.prepare_backward):
+        prepare.cache_clear()
+    for _ in range(3):
+        torch_nat.na2d(q, q, q, [3, 5], rpb=torch.randn(3, 5, 9)).backward(torch.randn(q.shape))
+    for prepare in (launch.prepare_forward, launch.prepare_backward):
+        assert (prepare.cache_info().misses, prepare.cache_info().hits) == (1, 2)
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda c: c.name)
