@@ -161,8 +161,8 @@ def _build(call: Call, arch: str, options: Mapping[str, int]) -> _Build:
     if lanes not in (1, 2, 4, 8, 16, 32):
         raise ValueError(f"config: lanes {lanes} must be a power of two up to 32.")
     threads = options.get("threads", THREADS)
-    if threads < 1 or threads % lanes:
-        raise ValueError(f"config: threads {threads} must be a multiple of lanes {lanes}.")
+    if not 1 <= threads <= 1024 or threads % lanes:
+        raise ValueError(f"config: threads {threads} must be a multiple of lanes {lanes} and at most 1024.")
     strip = options.get("strip", _strip(call))
     if not 1 <= strip <= 8:
         raise ValueError(f"config: strip {strip} must be from 1 to 8.")
@@ -203,6 +203,8 @@ def _backward(build: _Build) -> Plan:
     wanted = {n for n, s in zip(call.operands, call.strides, strict=True) if s is not None and n in RESULTS["backward"]}
     if problem.batch == 0:
         return Plan(_sum_partials(build, "drpb", Workspace(0), 0) if "drpb" in wanted else (), 0)
+    if not wanted:
+        return Plan((), 0)
     space = _Space()
     delta = space.take(build.items(problem.heads), build.accumulator)
     scale = Scale(build.accumulator)
