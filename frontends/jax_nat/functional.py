@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jax_nat.primitive import Request, run
 from natcore.planning import Config
@@ -48,13 +49,11 @@ def _attend_fwd(static: _Static, arrays: dict[str, jax.Array]) -> tuple[Result, 
 
 
 def _attend_bwd(static: _Static, saved: dict[str, jax.Array], cotangent: Result) -> tuple[dict[str, jax.Array]]:
-    if static.return_lse:
-        saved = saved | {"d_out": cotangent[0], "d_lse": cotangent[1]}
-        omitted = frozenset()
+    if isinstance(cotangent, jax.Array):
+        cotangents, omitted = {"d_out": cotangent}, frozenset({"d_lse"})
     else:
-        saved = saved | {"d_out": cotangent}
-        omitted = frozenset({"d_lse"})
-    gradients = run(_request(static, "backward", omitted), saved)
+        cotangents, omitted = {"d_out": cotangent[0], "d_lse": cotangent[1]}, frozenset()
+    gradients = run(_request(static, "backward", omitted), saved | cotangents)
     packed = {"qkv": "dqkv"} if static.packed else {"q": "dq", "k": "dk", "v": "dv"}
     names = packed | {"rpb": "drpb", "additional_keys": "d_additional_keys", "additional_values": "d_additional_values"}
     return ({name: gradients[gradient] for name, gradient in names.items() if name in saved},)
@@ -94,7 +93,7 @@ def _thirds(rank: int, qkv: View) -> dict[str, View | None]:
 
 
 def _number(scale: Any) -> float:
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, Tracer):
         raise ValueError(
             "scale is a traced value; it must be a Python number. To differentiate or vary it, multiply q by it and "
             "pass scale=1.0."

@@ -48,7 +48,7 @@ def register(platform: str) -> None:
 def register_where_possible() -> None:
     """At import: programs from `jax.export` need the target before anything is lowered."""
     register("cpu")
-    platforms = (jax.config.jax_platforms or "cuda").split(",")
+    platforms = (getattr(jax.config, "jax_platforms", None) or "cuda").split(",")
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if {"cuda", "gpu"} & set(platforms) and any(importlib.util.find_spec(name) for name in plugins):
         register("cuda")

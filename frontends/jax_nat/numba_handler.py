@@ -47,8 +47,7 @@ def _storer(bits: int) -> Any:
 load, load32, store, store32 = _loader(64), _loader(32), _storer(64), _storer(32)
 
 
-@intrinsic
-def call(typing_context, function, arguments):
+def _call(typing_context, function, arguments):
     """Calls the C function at an address with a tuple of words; the result is a word."""
     count = len(arguments)
 
@@ -60,8 +59,10 @@ def call(typing_context, function, arguments):
     return types.int64(types.int64, types.UniTuple(types.int64, count)), generate
 
 
-@intrinsic(prefer_literal=True)
-def stack(typing_context, words):
+call: Any = intrinsic(_call)
+
+
+def _stack(typing_context, words):
     """The address of a block of so many words (a constant) that lives until the caller returns."""
     count = words.literal_value
 
@@ -69,6 +70,9 @@ def stack(typing_context, words):
         return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(_word, count)), _word)
 
     return types.int64(words), generate
+
+
+stack: Any = intrinsic(prefer_literal=True)(_stack)
 
 
 def _offsets(struct: type[ctypes.Structure]) -> Any:
@@ -211,7 +215,6 @@ def compile_handler(*, cell: int, prepare: int, cu_launch: int, workspace_messag
     workspace that is too small, and an array of `flat_plan.MESSAGES` messages, by CUresult.
     """
 
-    @cfunc(types.int64(types.int64))
     def execute(frame):
         if _answer_metadata(frame):
             return 0
@@ -232,8 +235,9 @@ def compile_handler(*, cell: int, prepare: int, cu_launch: int, workspace_messag
             block = _find(cell, key, device)
         return _run(frame, block, cu_launch, workspace_message, messages)
 
-    _forever.append(execute)
-    return execute.address
+    handler: Any = cfunc(types.int64(types.int64))(execute)
+    _forever.append(handler)
+    return handler.address
 
 
 _forever: list[Any] = []
