@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> Report:
     rows = shapes.select(options.rows)
     device = torch.device(options.device)
     words = sys.argv[1:] if arguments is None else arguments
-    report = Report(reports.machine(shlex.join(["python3", "-m", "benchmarks.gpu", *words]), options.commit))
+    report = Report(reports.machine(reports.command_of("benchmarks.gpu", words), options.commit))
     run = Run(clock_of(device), report, time.monotonic() + options.budget_seconds, options)
     run.rates()
     for dtype in options.dtype:
@@ -105,7 +104,7 @@ class Run:
     def measure(self, row: Row, dtype: str, implementation: Implementation) -> None:
         """One figure, or the reason why there is none."""
         if time.monotonic() > self.deadline:
-            self.report.notes.append(f"{implementation.name} on {row.name} {dtype}: the time budget was spent")
+            self.report.skip(f"the time budget was spent before {implementation.name} ({dtype}) on", row.name)
             return
         figure = Figure(row.name, dtype, implementation.name)
         self.report.figures.append(figure)

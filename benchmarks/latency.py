@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,7 @@ class LatencyReport:
     rows: list[tuple[str, float | str, str]] = field(default_factory=list)
 
 
-def import_seconds(module: str, before: str, runs: int = 5) -> float:
+def import_seconds(module: str, before: str, runs: int = 3) -> float:
     """The fastest of some fresh processes, the files in the page cache."""
     code = f"{before}\nimport time\nstart = time.perf_counter()\nimport {module}\nprint(time.perf_counter() - start)"
     return min(float(_python("-c", code)) for _ in range(runs))
@@ -142,7 +141,7 @@ def main(arguments: list[str] | None = None) -> LatencyReport:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     words = sys.argv[1:] if arguments is None else arguments
-    report = LatencyReport(reports.machine(shlex.join(["python3", "-m", "benchmarks.latency", *words]), options.commit))
+    report = LatencyReport(reports.machine(reports.command_of("benchmarks.latency", words), options.commit))
     parts: list[tuple[str, str, Callable[[], dict[str, float]]]] = [
         ("import", "s", lambda: {name: import_seconds(name.split(",")[0], b) for name, b in _IMPORTS.items()}),
         ("repeated call", "us", lambda: repeated_calls(device)),

@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -207,7 +206,7 @@ def main(arguments: list[str] | None = None) -> ModelReport:
     options = _parser().parse_args(arguments)
     torch.backends.cudnn.benchmark = True
     words = sys.argv[1:] if arguments is None else arguments
-    report = ModelReport(reports.machine(shlex.join(["python3", "-m", "benchmarks.models", *words]), options.commit))
+    report = ModelReport(reports.machine(reports.command_of("benchmarks.models", words), options.commit))
     bench = Bench(options)
     for figure in _figures(options):
         if time.monotonic() > bench.deadline:

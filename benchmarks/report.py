@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from statistics import median
 from benchmarks.shapes import ROWS, computed_scores, fitted_rate, predicted_ms, useful_scores
 from benchmarks.timing import Timing
 
-_PACKAGES = ("natcore", "torch", "jax", "natten", "timm", "triton", "cuda-core", "cuda-bindings", "numpy")
+_PACKAGES = ("torch", "jax", "natten", "timm", "triton", "cuda-core", "cuda-bindings", "numpy")
 #: Names of the figures that are no implementation: each other one is compared with them.
 FLOOR, COPY = "memory floor", "copy of the same bytes"
 
@@ -43,20 +44,42 @@ class Report:
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def skip(self, reason: str, row: str) -> None:
+        """Notes that a row was left out; rows left out for the same reason share a note."""
+        if self.notes and self.notes[-1].startswith(reason):
+            self.notes[-1] += f", {row}"
+        else:
+            self.notes.append(f"{reason} {row}")
+
     def find(self, row: str, dtype: str, implementation: str) -> Figure | None:
         wanted = (row, dtype, implementation)
         return next((f for f in self.figures if (f.row, f.dtype, f.implementation) == wanted), None)
+
+
+def command_of(module: str, arguments: list[str]) -> str:
+    """The command line that measures this again: without where its files go."""
+    kept, skip = ["python3", "-m", module], False
+    for word in arguments:
+        if not skip and not word.startswith(("--out=", "--name=", "--commit=")):
+            skip = word in ("--out", "--name", "--commit")
+            kept += [] if skip else [word]
+        else:
+            skip = False
+    return shlex.join(kept)
 
 
 def machine(command: str, commit: str | None = None) -> dict[str, str]:
     """Where and when: commit, command, versions, GPU and driver."""
     import torch
 
+    import natcore
+
     facts = {
         "commit": commit or _output("git", "rev-parse", "HEAD") or "unknown",
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "python": platform.python_version(),
+        "natcore": natcore.__version__,
     }
     if commit is None and _output("git", "status", "--porcelain", "--untracked-files=no"):
         facts["commit"] += " with local changes"
