@@ -111,8 +111,6 @@ def test_own_entries_measure_the_row_itself(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("entry", [*OURS, *(peer for peers in PEERS.values() for peer in peers)], ids=lambda e: e.name)
 def test_what_is_timed_on_the_gpu_is_right(entry):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     if entry.name.startswith("NATTEN") and missing("natten"):
         pytest.skip(str(missing("natten")))
     biased = any(word in entry.name for word in ("natcore", "torch_nat", "with bias", "bias as"))
