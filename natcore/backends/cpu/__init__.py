@@ -1,62 +1,47 @@
-"""Executables on the host: first version, through the reference."""
+"""Neighbourhood attention on the host: numba kernels on tiles of sixteen queries, on all cores.
+
+One design serves every valid problem, in float32 (which also serves the 16-bit dtypes) or float64:
+
+    geometry.py    which sixteen queries make a tile, and the box of keys they share  (start here)
+    simd.py        vectors of sixteen lanes for numba, and the one product everything is made of
+    tables.py      the names of what Python tells the kernels
+    memory.py      rows from and to the caller's memory: strides and dtypes end here
+    bias.py        mask and bias, and the gradient of the bias
+    tile.py        small helpers of the kernels
+    forward.py     the forward of a tile
+    backward.py    the backward of a tile
+    sharing.py     tasks and their order, threads.py: who runs them
+    executable.py  tables and scratch of a call; gradients.py: what the backward needs besides
+    compiled.py    compilation, kept on disk
+
+Workspace is a few hundred KB per thread, and, for a 16-bit backward, float32 sums of dk and dv of
+the heads that are being worked on. Results do not depend on the number of threads.
+"""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+from natcore.problem import Call
+from natcore.views import Device
 
-from natcore import reference
-from natcore.problem import RESULTS, Call
-from natcore.views import ITEM_SIZES, Device
-
-
-def _array(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        kind = np.dtype(ml_dtypes.bfloat16)
-    else:
-        kind = np.dtype(dtype)
-    if 0 in shape:
-        return np.empty(shape, kind)
-    item = ITEM_SIZES[dtype]
-    low = sum((n - 1) * min(s, 0) for n, s in zip(shape, strides, strict=True))
-    high = sum((n - 1) * max(s, 0) for n, s in zip(shape, strides, strict=True)) + 1
-    memory = (ctypes.c_char * ((high - low) * item)).from_address(pointer + low * item)
-    return np.ndarray(shape, kind, memory, -low * item, [s * item for s in strides])
-
-
-class CpuExecutable:
-    workspace_bytes = 0
-
-    def __init__(self, call: Call):
-        self.call = call
-
-    def __call__(self, pointers: Sequence[int], scale: float, stream: int = 0, workspace: int = 0) -> None:
-        call, problem = self.call, self.call.problem
-        arrays = {
-            name: None if strides is None else _array(p, problem.shapes[name], strides, problem.dtype_of(name))
-            for name, p, strides in zip(call.operands, pointers, call.strides, strict=True)
-        }
-        options = {name: arrays[name] for name in ("rpb", "additional_keys", "additional_values")}
-        inputs = [arrays[name] for name in "qkv"]
-        if call.direction == "forward":
-            results = reference.forward(*inputs, problem.window, scale=scale, **options)
-        else:
-            options["d_lse"] = arrays["d_lse"]
-            results = reference.backward(arrays["d_out"], *inputs, problem.window, scale=scale, **options)
-        for name, value in zip(RESULTS[call.direction], results, strict=True):
-            if arrays[name] is not None:
-                arrays[name][...] = value
+if TYPE_CHECKING:
+    from natcore.backends.cpu.executable import Executable
+    from natcore.planning import Config
 
 
 class CpuBackend:
-    def prepare(self, call: Call, device: Device, config: object = None) -> CpuExecutable:
+    def prepare(self, call: Call, device: Device, config: Config | None = None) -> Executable:
+        """Compiles what the call needs, or reads it from numba's cache."""
         if config is not None:
-            raise NotImplementedError(f"config {config!r}: the CPU backend has one kernel and takes none; pass None.")
-        return CpuExecutable(call)
+            raise NotImplementedError(f"config {config!r}: the CPU has one kernel and takes no config; pass None.")
+        if call.direction == "forward":
+            from natcore.backends.cpu.executable import Executable
+
+            return Executable(call)
+        from natcore.backends.cpu.gradients import BackwardExecutable
+
+        return BackwardExecutable(call)
 
 
 BACKEND = CpuBackend()

@@ -1,0 +1,84 @@
+"""The kernels, compiled on first use and remembered by numba on disk for the next process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numba
+from numba import njit
+
+from natcore.backends.cpu import backward, forward, memory
+
+_lock = threading.Lock()
+
+
+def _hold() -> None:
+    _lock.acquire()
+
+
+def _release() -> None:
+    _lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # a child must not inherit numba's compiler at work in another thread
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_release)
+
+
+@lru_cache(maxsize=1)
+def _digest() -> str:
+    """Of all the sources here: numba only looks at the file of the function that it caches."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+# The entries below use their digest so that it is part of numba's key, as all variables of a closure are.
+
+
+def _forward(digest: str) -> Callable:
+    def entry(task, number):
+        digest  # noqa: B018
+        forward.forward(task, number)
+
+    return entry
+
+
+def _backward(digest: str) -> Callable:
+    def entry(task, number):
+        digest  # noqa: B018
+        backward.backward(task, number)
+
+    return entry
+
+
+def _store_all(digest: str) -> Callable:
+    def entry(task, number):
+        digest  # noqa: B018
+        memory.store_all(task, number)
+
+    return entry
+
+
+_ENTRIES = {"forward": _forward, "backward": _backward, "store_all": _store_all}
+
+
+@lru_cache(maxsize=16)
+def kernel(name: str, dtype: str) -> Callable[[int, object], None]:
+    """A kernel, a function of (an address, a number), in arithmetic of ``dtype``, float32 or float64.
+
+    Compiling takes seconds, reading what an earlier process compiled milliseconds. Where numba can
+    keep nothing on disk it compiles for this process alone.
+    """
+    entry, types = _ENTRIES[name](_digest()), (numba.types.int64, getattr(numba.types, dtype))
+    with _lock:
+        try:
+            compiled = njit(cache=True, nogil=True, error_model="numpy")(entry)
+            compiled.compile(types)
+        except Exception:  # noqa: BLE001  no folder to write to, a full disk, a damaged cache
+            compiled = njit(nogil=True, error_model="numpy")(entry)
+            compiled.compile(types)
+    return compiled

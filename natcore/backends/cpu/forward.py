@@ -1,0 +1,99 @@
+"""The forward kernel: softmax over a tile's keys, chunk by chunk, for sixteen queries at once.
+
+    q_lanes [head_dim, 16]     scale * q, one query per lane
+    scores  [keys, 16]         = bias + keys @ q_lanes, then e ** (score - top)
+    out     [head_dim_v, 16]  += values.T @ scores
+
+Keys and values stay rows as they are in memory: the products broadcast one element of a row to all
+lanes. Where the keys do not fit one chunk, the running maximum, sum and output are rescaled (online
+softmax: Milakov and Gimelshein, 2018).
+"""
+
+# ruff: noqa: I001  (the lists of table entries stay dense)
+from __future__ import annotations
+
+import math
+
+from numba import njit
+
+from natcore.backends.cpu.bias import MASKED, bias_block, forget_blocks
+from natcore.backends.cpu.geometry import LANES
+from natcore.backends.cpu.memory import (
+    array, box_keys, lanes_to_rows, load_keys, load_queries, rows_to_lanes, store_queries,
+)  # fmt: skip
+from natcore.backends.cpu.simd import exp, load, maximum, outlined, pointer_to, shifted, store
+from natcore.backends.cpu.tables import (
+    ADDRESS, CHUNK, EXTRA, EXTRA_K, EXTRA_V, FIRST_BATCH, GROUP, HEAD_DIM, HEAD_DIM_V, HEADS_PER_TILE, KEY_ROWS, KV,
+    LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES, ROW_BUFFER, SCORES, STATE, TILE_COUNT, K, Q, V,
+)  # fmt: skip
+from natcore.backends.cpu.tile import fill, multiply, scale_all, set_place, work_of
+
+
+@njit(error_model="numpy")
+def online_softmax(scores, keys, out, count, state):
+    """scores becomes e ** (score - top); state [2, 16] (top, sum) and out [count, 16] move along."""
+    outlined()
+    top = load(state, 0)
+    for i in range(0, keys * LANES, LANES):
+        top = maximum(top, load(scores, i))
+    rescale = exp(load(state, 0) - top)
+    total = load(state, LANES) * rescale
+    for i in range(0, keys * LANES, LANES):
+        weight = exp(load(scores, i) - top)
+        total = total + weight
+        store(scores, i, weight)
+    store(state, 0, top)
+    store(state, LANES, total)
+    for i in range(0, count * LANES, LANES):
+        store(out, i, load(out, i) * rescale)
+
+
+@njit(error_model="numpy")
+def finish(out, count, state):
+    """Divides by the sums; state [0, 16] becomes the logarithm of what they stand for."""
+    for lane in range(LANES):
+        state[lane] += math.log(state[LANES + lane])
+        state[LANES + lane] = 1 / state[LANES + lane]
+    for i in range(0, count * LANES, LANES):
+        store(out, i, load(out, i) * load(state, LANES))
+
+
+@njit(error_model="numpy")
+def forward_tile(w, scale):
+    d, dv, chunk = w.sizes[HEAD_DIM], w.sizes[HEAD_DIM_V], w.sizes[CHUNK]
+    pitch, pitch_v = -(-d // LANES) * LANES, -(-dv // LANES) * LANES
+    rows, q_lanes, key_rows = array(w, ROW_BUFFER), array(w, Q_LANES), array(w, KEY_ROWS)
+    scores, out, state = array(w, SCORES), array(w, OUT_LANES), array(w, STATE)
+    load_queries(w, rows, pitch, d, Q)
+    rows_to_lanes(q_lanes, rows, pitch)
+    scale_all(q_lanes, pitch * LANES, scale)
+    fill(out, pitch_v * LANES, 0)
+    fill(state, LANES, MASKED)
+    fill(shifted(state, LANES), LANES, 0)
+    keys = box_keys(w) + w.sizes[EXTRA]
+    for first in range(0, keys, chunk):
+        last = min(first + chunk, keys)
+        load_keys(w, key_rows, pitch, d, K, EXTRA_K, first, last)
+        multiply(scores, LANES, bias_block(w, first, last), LANES, q_lanes, LANES, key_rows, pitch, 1, last - first, d)
+        online_softmax(scores, last - first, out, dv, state)
+        load_keys(w, key_rows, pitch_v, dv, V, EXTRA_V, first, last)
+        multiply(out, LANES, out, LANES, scores, LANES, key_rows, 1, pitch_v, dv, last - first)
+    finish(out, dv, state)
+    if w.operands[OUT + ADDRESS]:
+        lanes_to_rows(rows, out, pitch_v)
+        store_queries(w, rows, pitch_v, dv, OUT)
+    if w.operands[LSE + ADDRESS]:
+        store_queries(w, state, 1, 1, LSE)
+
+
+@njit(error_model="numpy")
+def forward(task_address, scale):
+    """The tiles of a part of the map, for some batch entries and one kv head (see tables.TASK)."""
+    task = pointer_to(task_address, task_address)
+    w = work_of(task, scale)
+    forget_blocks(w)
+    for batch in range(task[FIRST_BATCH], task[LAST_BATCH]):
+        for head in range(0, w.sizes[GROUP], w.sizes[HEADS_PER_TILE]):
+            for i in range(task[TILE_COUNT]):
+                set_place(w, task, i, batch, task[KV], head)
+                forward_tile(w, scale)

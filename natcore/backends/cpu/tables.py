@@ -1,0 +1,71 @@
+"""The tables of numbers through which Python and the compiled kernels speak: names of their entries.
+
+All tables are int64. Kernels receive the address of one `TASK` and find all else from there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+#: The operand table: one row per operand of either direction, and where dk, dv and the gradients of
+#: additional keys and values are summed before they are rounded.
+ROWS = (
+    *("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
+    *("d_out", "d_lse", "dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
+    *("sum_k", "sum_v", "sum_additional_keys", "sum_additional_values"),
+)
+#: Its columns: address, dtype code, strides in bytes (the axis within a row is contiguous).
+#: Additional keys run along X; T of their sums is the slab.
+COLUMNS = 7
+ADDRESS, KIND, BATCH, T, Y, X, HEAD = range(COLUMNS)
+Q, K, V, RPB, EXTRA_K, EXTRA_V, OUT, LSE, D_OUT, D_LSE, DQ, DK, DV, DRPB, D_EXTRA_K, D_EXTRA_V = (
+    COLUMNS * row for row in range(16)
+)
+SUM_K, SUM_V, SUM_EXTRA_K, SUM_EXTRA_V = (COLUMNS * row for row in range(16, 20))
+
+#: What the kernels know of a problem besides; after these, the head of each lane.
+SIZES = (
+    *("head_dim", "head_dim_v", "extra", "group", "heads_per_tile"),  # group: heads per kv head
+    *("dilation_t", "dilation_y", "dilation_x"),
+    *("extent_t", "extent_y", "extent_x"),
+    *("table_t", "table_y", "table_x"),  # one head's bias table
+    *("classes", "chunk", "chunks", "slots"),  # keys worked on at once; most chunks of a tile; bias blocks kept
+)
+(HEAD_DIM, HEAD_DIM_V, EXTRA, GROUP, HEADS_PER_TILE, DILATION_T, DILATION_Y, DILATION_X, EXTENT_T, EXTENT_Y, EXTENT_X,
+ TABLE_T, TABLE_Y, TABLE_X, CLASSES, CHUNK, CHUNKS, SLOTS, LANE_HEAD) = range(len(SIZES) + 1)  # fmt: skip
+
+#: A piece of work: addresses of the tables, then what part of the problem it is.
+TASK = (
+    *("operands", "axis_tiles", "tiles", "sizes", "integers", "scratch", "layout", "bias_sums"),
+    *("kv", "first_batch", "last_batch", "tile_count", "slab", "clear", "finish"),
+)
+(AT_OPERANDS, AT_AXIS_TILES, AT_TILES, AT_SIZES, AT_INTEGERS, AT_SCRATCH, AT_LAYOUT, AT_BIAS_SUMS,
+ KV, FIRST_BATCH, LAST_BATCH, TILE_COUNT, SLAB, CLEAR, FINISH) = range(len(TASK))  # fmt: skip
+
+#: Integers that a worker keeps: the tile at hand (batch entry, kv head, first head and how many
+#: there are from there on in the group, rows of the axis tiles as offsets, class, slab), a run of
+#: keys (address, stride, number, dtype code), the bias table's entry per lane, the owner of each
+#: slot for a bias block and of the loaded tables; then, per slot, a record of what its gradient is of.
+(PLACE_BATCH, PLACE_KV, PLACE_HEAD, PLACE_HEADS, PLACE_T, PLACE_Y, PLACE_X, PLACE_CLASS, PLACE_SLAB) = range(9)
+RUN, ENTRIES, OWNER = 12, 16, 32
+#: A record: entry per lane, keys of the box along y and x, the first key and the number of keys.
+RECORD_KEYS_Y, RECORD_KEYS_X, RECORD_FIRST, RECORD_COUNT, RECORD = 16, 17, 18, 19, 20
+
+#: Scratch of a worker in the dtype of the arithmetic; the layout table has the offset of each.
+SCRATCH = (
+    *("rows", "q_lanes", "key_rows", "scores", "bias", "bounds", "table", "out_lanes", "state"),
+    *("q_rows", "value_rows", "d_out_rows", "d_out_lanes", "d_scores", "gradient", "d_bias"),
+)
+(ROW_BUFFER, Q_LANES, KEY_ROWS, SCORES, BIAS, BOUNDS, TABLE, OUT_LANES, STATE,
+ Q_ROWS, VALUE_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, GRADIENT, D_BIAS) = range(len(SCRATCH))  # fmt: skip
+
+
+class Work(NamedTuple):
+    """A task inside the kernels: typed pointers."""
+
+    operands: Any
+    axis_tiles: Any
+    sizes: Any
+    integers: Any
+    scratch: Any
+    layout: Any
