@@ -42,9 +42,18 @@ MAX_HEAD_DIM = 128
 MAX_BLOCKS = 64  # n8 blocks of scores of one tile: all are unrolled
 WORD = 32  # keys of a mask word
 CHUNK_BLOCKS = 16  # the most n8 blocks of scores held in registers at once
+TILE_BYTES = 44  # struct Tile of common/tiles.cuh
 _ROWS = ("q", "k", "v", "out")
 _LAYOUTS = ("q", "k", "v", "rpb", "out", "lse")
-OPTIONS = ("axes", *(f"{n}{a}" for n in ("tile", "region") for a in range(3)), "warps", "blocks_per_sm", "chunk")
+OPTIONS = (
+    "axes",
+    *(f"{n}{a}" for n in ("tile", "region") for a in range(3)),
+    "warps",
+    "blocks_per_sm",
+    "chunk",
+    "stages",
+    "rounds",
+)
 
 
 @dataclass(frozen=True)
@@ -107,8 +116,10 @@ def _span(axis: Axis, tile: int, region: int) -> int:
             return min(axis.keys(_first_query(length, tile, number), length)[0], max(length - halo, 0))
 
         count = ceil(length / tile)
-        for number in {n // region * region for n in axis.sample(length, tile)}:
-            longest = max(longest, key(min(number + region, count) - 1) + halo - key(number))
+        regions, ends = ceil(count / region), len(axis.sample(length, tile)) // region + axis.stride + 2
+        for number in {*range(min(ends, regions)), *range(max(regions - ends, 0), regions)}:
+            first = number * region
+            longest = max(longest, key(min(first + region, count) - 1) + halo - key(first))
     return longest
 
 
@@ -128,6 +139,8 @@ class Geometry:
     warps: int
     blocks_per_sm: int
     chunk: int
+    stages: int  # spans in shared memory
+    rounds: int  # batch entries of a block
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -188,6 +201,7 @@ class Geometry:
     def table_row(self) -> int:
         """Floats of a row of the difference table: rows of one tile in different halves of the banks."""
         d = self.differences[2]
+        d += d % 2 if self.halo[2] % 2 == 0 else 0
         return d + (16 - d) % 32 if self.tile[2] < 8 and (d % 32 < 10 or d % 32 > 22) else d
 
     @property
@@ -197,12 +211,17 @@ class Geometry:
 
     @property
     def shared_bytes(self) -> int:
-        return self.slots * sum(self.pitches) + 8 * self.table + self.warps * TILE_QUERIES * max(self.pitches)
+        """Spans of K, V and Q; two difference tables, twice each; a Tile for each tile."""
+        span = self.slots * sum(self.pitches) + prod(self.region) * TILE_QUERIES * max(self.pitches)
+        return self.stages * span + 16 * (self.table + 2) + TILE_BYTES * prod(self.region)
+
+    @property
+    def splits(self) -> int:
+        return ceil(self.problem.batch / self.rounds)
 
     @property
     def grid(self) -> int:
-        p = self.problem
-        return p.batch * p.heads * prod(self.regions) * prod(p.window.dilation)
+        return self.splits * self.problem.heads * prod(self.regions) * prod(self.problem.window.dilation)
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
@@ -212,13 +231,17 @@ class Geometry:
                 n.upper(): tuple(int(getattr(x, n)) for x in self.axes)
                 for n in ("kernel", "stride", "dilation", "causal")
             },
-            **{"TILE": self.tile, "REGION": self.region, "HALO": self.halo, "SPAN": self.span},
+            "TILE": self.tile,
+            "REGION": self.region,
+            "HALO": self.halo,
+            "SPAN": self.span,
             "FIRST_DIFFERENCE": tuple(low for _, low, _ in self.halos),
             "DIFFERENCES": self.differences,
         }
         defines = {f"{name}_{a}": value for name, values in per_axis.items() for a, value in enumerate(values)}
         defines |= {"ELEMENT": p.dtype, "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v}
         defines |= {"THREADS": 32 * self.warps, "BLOCKS_PER_SM": self.blocks_per_sm, "CHUNK": self.chunk}
+        defines |= {"RANK": p.window.rank, "STAGES": self.stages}
         defines |= {"SLOT_ROW": self.slot_row, "SLOT_PLANE": self.slot_plane, "TABLE_ROW": self.table_row}
         defines |= {"K_PITCH": self.pitches[0], "V_PITCH": self.pitches[1]}
         if p.rpb_dtype is not None:
@@ -250,10 +273,10 @@ def _orders(rank: int) -> Iterator[tuple[int, ...]]:
 
 
 def _geometry(problem: Problem, order: tuple[int, ...], tile: tuple[int, ...], region: tuple[int, ...]) -> Geometry:
-    g = Geometry(problem, order, tile, region, _warps(prod(region)), 1, 1)  # type: ignore[arg-type]
+    g = Geometry(problem, order, tile, region, _warps(prod(region)), 1, 1, 1, 1)  # type: ignore[arg-type]
     chunk = _chunk(g.blocks)
     registers = 60 + 4 * chunk + g.problem.head_dim // 4 + g.problem.head_dim_v // 2
-    return Geometry(problem, order, tile, region, g.warps, max(1, 65536 // (32 * g.warps * registers)), chunk)  # type: ignore[arg-type]
+    return Geometry(problem, order, tile, region, g.warps, max(1, 65536 // (32 * g.warps * registers)), chunk, 1, 1)  # type: ignore[arg-type]
 
 
 def _cost(g: Geometry, shared_bytes: int) -> float:
@@ -320,6 +343,8 @@ def _configured(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> G
         options.get("warps", unit.warps),
         options.get("blocks_per_sm", unit.blocks_per_sm),
         options.get("chunk", unit.chunk),
+        options.get("stages", 1),
+        options.get("rounds", 1),
     )
     if not _is_legal(chosen) or chosen.shared_bytes > _shared_limit(facts):
         raise ValueError(
@@ -333,6 +358,12 @@ def _shared_limit(facts: DeviceFacts) -> int:
 
 
 # ---- the candidate ----
+
+
+def _divisor(d: int) -> bytes:
+    """struct Divisor of common/tiles.cuh."""
+    shift = (d - 1).bit_length()
+    return struct.pack("=3I", d, (1 << 32 + shift) // d + 1 - (1 << 32) if d > 1 else 0, shift)
 
 
 def _layout(call: Call, name: str, g: Geometry) -> bytes:
@@ -362,8 +393,9 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
         Operand(OPERANDS["forward"].index(name), 16 if name in _ROWS else 1)
         for name in ("q", "k", "v", "rpb", "out", "lse")
     )
-    extents = (axis.extent for axis in g.axes)
-    sizes = struct.pack("=8i", *extents, *g.regions, problem.heads, problem.heads_kv)
+    sizes = struct.pack("=5i", *(axis.extent for axis in g.axes), problem.batch, g.splits)
+    divisors = (problem.heads, problem.heads // problem.heads_kv, *g.regions)
+    sizes += b"".join(_divisor(d) for d in divisors)
     params = Constant(sizes + b"".join(_layout(call, name, g) for name in _LAYOUTS))
     launch = Launch(kernel, (g.grid, 1, 1), (32 * g.warps, 1, 1), g.shared_bytes, (*operands, Scale("float32"), params))
     return Plan((launch,), 0)

@@ -4,11 +4,17 @@
 // alone, and one table holds them: bias inside the relative window, -infinity outside. Any other tile
 // reads the bias from a second, unmasked table and clears scores by the bits of its rows' windows: the
 // window of a query is a box, so the bits of 32 keys are put together from one word per axis.
+//
+// Where rows of the halo are even, a lane reads the two columns it holds as one pair of floats: each table
+// lies there twice, the second copy one float on, so that every pair is aligned in one of them.
 #pragma once
 
 #include "common/tiles.cuh"
 
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
+
+constexpr bool PAIRS = HALO_2 % 2 == 0 && TABLE_ROW % 2 == 0;
+constexpr int COPIES = PAIRS ? 2 : 1, COPY = TABLE + (PAIRS ? 2 : 0);  // floats from one copy to the next
 
 // scale = query * unit: S starts from bias / unit and softmax takes exp(unit S). The unit is positive and
 // never tiny; a scale that is negative or tiny goes into the queries instead, sign or all of it.
@@ -23,7 +29,7 @@ struct ScaleParts {
   }
 };
 
-// Table 0 masked, table 1 not; entry (d0, d1, d2) is of the differences d_a + first_difference_of(a).
+// The masked table, then the other one; entry (d0, d1, d2) is of the differences d_a + first_difference_of(a).
 __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rpb, const Layout& s, float factor) {
   for (int i = threadIdx.x; i < TABLE; i += THREADS) {
     const int at[3] = {i / TABLE_PLANE, i / TABLE_ROW % DIFFERENCES_1, i % TABLE_ROW};
@@ -41,22 +47,19 @@ __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rp
 #ifdef RPB
     if (entry) bias = widen(rpb[offset]) * factor;
 #endif
-    tables[i] = seen ? bias : negative_infinity();
-    tables[TABLE + i] = bias;
+#pragma unroll
+    for (int copy = 0; copy < COPIES; ++copy) {
+      tables[copy * COPY + i + copy] = seen ? bias : negative_infinity();
+      tables[(COPIES + copy) * COPY + i + copy] = bias;
+    }
   }
 }
 
 struct TileMask {
-  bool interior = UNCLAMPED;
   unsigned bits[2][3];  // of rows g and g + 8 and each axis; for a long row, the ends of its interval
 
+  TileMask() = default;
   __device__ __forceinline__ TileMask(const Region& region, const Tile& tile, int lane) {
-#pragma unroll
-    for (int a = 0; a < 3; ++a) {
-      const int before = causal_of(a) ? kernel_of(a) - 1 : kernel_of(a) / 2, first = tile.query[a] - before;
-      interior &= first >= 0 && first + kernel_of(a) + tile_of(a) - 1 <= region.length[a];
-    }
-    if (interior) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       bool sees = true;
@@ -96,16 +99,17 @@ struct TileMask {
     }
     return seen >> (lane % 4 * 2);
   }
-
-  // Where in a table the pair (row g, key 0) of the tile lies.
-  __device__ __forceinline__ static int table_offset(const Tile& tile, int lane) {
-    int at[3];
-#pragma unroll
-    for (int a = 0; a < 3; ++a)
-      at[a] = tile.key[a] - tile.query[a] - first_difference_of(a) - row_axis(a, lane / 4);
-    return at[0] * TABLE_PLANE + at[1] * TABLE_ROW + at[2];
-  }
 };
+
+// Where the pair (row g, key 0) of a tile lies in its table, and which of the tables that is.
+__device__ __forceinline__ int table_offset(const Tile& tile, int lane) {
+  int at[3];
+#pragma unroll
+  for (int a = 0; a < 3; ++a) at[a] = tile.key[a] - tile.query[a] - first_difference_of(a) - row_axis(a, lane / 4);
+  int offset = at[0] * TABLE_PLANE + at[1] * TABLE_ROW + at[2];
+  if (PAIRS) offset += (offset & 1) * (COPY + 1);
+  return offset + (tile.interior ? 0 : COPIES * COPY);
+}
 
 // The accumulators of block j. `bias` is at the tile's offset in its table; `words` of this block's keys.
 template <bool INTERIOR>
@@ -114,16 +118,20 @@ __device__ __forceinline__ void initial_scores(float (&s)[4], int j, const float
   constexpr int LOWER = row_axis(0, 8) * TABLE_PLANE + row_axis(1, 8) * TABLE_ROW + row_axis(2, 8);
   const int first = 8 * j, column = lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int e = i % 2, h = i / 2;
-    const int offset = HALO_2 % 2 == 0 ? key_offset<TABLE_PLANE, TABLE_ROW>(first, column) + e
-                                       : key_offset<TABLE_PLANE, TABLE_ROW>(first, column + e);
-    float x = bias[offset - h * LOWER];
-    if (INTERIOR) {
-      if (first + 7 >= KEYS && first + column + e >= KEYS) x = negative_infinity();
+  for (int h = 0; h < 2; ++h) {
+    const float* row = bias - h * LOWER;
+    if (PAIRS) {
+      const int even = first + 7 < KEYS ? column : smaller(column, KEYS - 2 - first);
+      const float2 pair = *reinterpret_cast<const float2*>(row + key_offset<TABLE_PLANE, TABLE_ROW>(first, even));
+      s[2 * h] = pair.x, s[2 * h + 1] = pair.y;
     } else {
-      if (!(words[h] >> (8 * (j % 4) + e) & 1)) x = negative_infinity();
+      s[2 * h] = row[key_offset<TABLE_PLANE, TABLE_ROW>(first, column)];
+      s[2 * h + 1] = row[key_offset<TABLE_PLANE, TABLE_ROW>(first, column + 1)];
     }
-    s[i] = x;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const bool sees = INTERIOR ? first + 7 < KEYS || first + column + e < KEYS : words[h] >> (8 * (j % 4) + e) & 1;
+      if (!sees) s[2 * h + e] = negative_infinity();
+    }
   }
 }

@@ -10,8 +10,8 @@
 // The last tile of an axis is moved back inside the map and stores only the queries that no other tile
 // owns; a halo that would leave the map at its end is moved back too. Slots beyond the map hold zeros.
 //
-// Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, THREADS, BLOCKS_PER_SM, CHUNK (n8
-// blocks of scores held at once) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a,
+// Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, RANK, THREADS, BLOCKS_PER_SM, STAGES
+// (spans in shared memory), CHUNK (n8 blocks of scores held at once) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a,
 // REGION_a, HALO_a, SPAN_a, and the difference table's FIRST_DIFFERENCE_a and DIFFERENCES_a (key - query);
 // pitches in slots, SLOT_ROW, SLOT_PLANE, in bytes of a slot, K_PITCH, V_PITCH, and in floats, TABLE_ROW.
 #pragma once
@@ -52,10 +52,12 @@ constexpr int KEYS = HALO_0 * HALO_1 * HALO_2;
 constexpr int BLOCKS = (KEYS + 7) / 8;
 constexpr int D_CHUNKS = HEAD_DIM / 8, D_STEPS = (HEAD_DIM + 15) / 16, V_TILES = HEAD_DIM_V / 8;
 constexpr int SLOTS = (SPAN_0 - 1) * SLOT_PLANE + (SPAN_1 - 1) * SLOT_ROW + SPAN_2;
-constexpr int STAGE_PITCH = K_PITCH > V_PITCH ? K_PITCH : V_PITCH, STAGE = 16 * STAGE_PITCH;
+constexpr int STAGE_PITCH = K_PITCH > V_PITCH ? K_PITCH : V_PITCH;  // of a row of Q, later of O
+constexpr int SPAN = SLOTS * (K_PITCH + V_PITCH) + TILES * 16 * STAGE_PITCH;  // bytes of K, V and Q of a region
 constexpr int TABLE_PLANE = DIFFERENCES_1 * TABLE_ROW, TABLE = (DIFFERENCES_0 * TABLE_PLANE + 3) / 4 * 4;
 constexpr bool UNCLAMPED = STRIDE_0 == 1 && STRIDE_1 == 1 && STRIDE_2 == 1;  // windows that depend on differences alone
 
+static_assert(TILES <= THREADS, "each thread finds one tile");
 static_assert(TILE_0 * TILE_1 * TILE_2 == 16, "a tile is the 16 rows of an mma");
 static_assert((TILE_1 & (TILE_1 - 1)) == 0 && (TILE_2 & (TILE_2 - 1)) == 0, "tile extents are powers of two");
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks");
@@ -65,25 +67,30 @@ static_assert(HALO_0 <= 32 && HALO_1 <= 32, "a mask word for each outer axis");
 
 // ---- sizes and strides: written by natcore/planning/tiled.py ----
 
+struct Divisor {  // of numbers below 2^31, by multiplication (Granlund and Montgomery, 1994)
+  unsigned value, multiplier, shift;
+  __device__ __forceinline__ unsigned divide(unsigned n) const { return (__umulhi(n, multiplier) + n) >> shift; }
+};
+
 struct Sizes {
-  int extent[3], regions[3];  // of the map; regions of the longest dilation group
-  int heads, heads_kv;
+  int extent[3];
+  int batch, splits;  // a block takes every splits-th batch entry
+  Divisor heads, heads_per_kv, regions[3];  // regions of the longest dilation group
 };
 
 struct Layout {  // strides in elements; `step` is that of neighbours in a dilation group
   long long batch;
   int head, axis[3], step[3];
+
+  __device__ __forceinline__ long long offset(int x0, int x1, int x2) const {
+    long long elements = static_cast<long long>(x2) * step[2];
+    if (RANK > 1) elements += static_cast<long long>(x1) * step[1];
+    if (RANK > 2) elements += static_cast<long long>(x0) * step[0];
+    return elements;
+  }
 };
 
-template <typename T>
-__device__ __forceinline__ T* shifted(T* pointer, const Layout& s, int x0, int x1, int x2) {
-  return pointer + (static_cast<long long>(x0) * s.step[0] + static_cast<long long>(x1) * s.step[1] +
-                    static_cast<long long>(x2) * s.step[2]);
-}
-
-__device__ __forceinline__ Axis window_of(int a) {
-  return {0, kernel_of(a), stride_of(a), 1, causal_of(a)};
-}
+__device__ __forceinline__ Axis window_of(int a) { return {0, kernel_of(a), stride_of(a), 1, causal_of(a)}; }
 
 // The first query of a tile, and the first key of its halo.
 __device__ __forceinline__ int first_query(int a, int tile, int length) {
@@ -93,34 +100,38 @@ __device__ __forceinline__ int first_key(int a, int query, int length) {
   return smaller(keys_of(window_of(a), query, length).start, larger(length - halo_of(a), 0));
 }
 
-// What a block owns. Blocks are numbered heads fastest, then regions, dilation groups and batch entries.
+// What a block owns. Blocks are numbered heads fastest, then regions, dilation groups and batch splits.
 struct Region {
-  int batch, head, group[3], length[3], tile[3], key[3];
+  int head, head_kv, split, group[3], length[3], tile[3], key[3];
 
   __device__ __forceinline__ Region(const Sizes& sizes, unsigned block) {
-    head = static_cast<int>(block % sizes.heads);
-    block /= sizes.heads;
+    unsigned rest = sizes.heads.divide(block);
+    head = static_cast<int>(block - rest * sizes.heads.value);
+    head_kv = static_cast<int>(sizes.heads_per_kv.divide(head));
 #pragma unroll
     for (int a = 2; a >= 0; --a) {
-      tile[a] = static_cast<int>(block % sizes.regions[a]) * region_of(a);
-      block /= sizes.regions[a];
+      const unsigned next = sizes.regions[a].divide(rest);
+      tile[a] = static_cast<int>(rest - next * sizes.regions[a].value) * region_of(a);
+      rest = next;
     }
 #pragma unroll
     for (int a = 2; a >= 0; --a) {
-      group[a] = static_cast<int>(block % dilation_of(a));
-      block /= dilation_of(a);
+      group[a] = static_cast<int>(rest % dilation_of(a));
+      rest /= dilation_of(a);
       length[a] = (sizes.extent[a] - group[a] + dilation_of(a) - 1) / dilation_of(a);
       key[a] = first_key(a, first_query(a, tile[a], length[a]), length[a]);
     }
-    batch = static_cast<int>(block);
+    split = static_cast<int>(rest);
   }
 
-  // The first element of this block's batch entry, head and dilation group.
+  // The first element of this block's first batch entry, head and dilation group.
   template <typename T>
   __device__ __forceinline__ T* base(T* pointer, const Layout& s, int its_head) const {
-    return pointer + (batch * s.batch + static_cast<long long>(its_head) * s.head +
-                      static_cast<long long>(group[0]) * s.axis[0] + static_cast<long long>(group[1]) * s.axis[1] +
-                      static_cast<long long>(group[2]) * s.axis[2]);
+    long long offset = split * s.batch + static_cast<long long>(its_head) * s.head;
+#pragma unroll
+    for (int a = 0; a < 3; ++a)
+      if (dilation_of(a) > 1) offset += static_cast<long long>(group[a]) * s.axis[a];
+    return pointer + offset;
   }
 };
 
@@ -129,13 +140,14 @@ __device__ constexpr int row_axis(int a, int row) {
   return a == 2 ? row % TILE_2 : a == 1 ? row / TILE_2 % TILE_1 : row / (TILE_1 * TILE_2);
 }
 
+// Where a tile lies: found once for a block, kept in shared memory.
 struct Tile {
   int query[3], key[3], owned[3];  // first query, first key, first query that this tile stores
-  int slot;
-  bool exists;
+  int slot;                        // of its first key
+  bool exists, whole, interior;    // whole: it stores all 16 rows; interior: no window of it is clamped
 
   __device__ __forceinline__ Tile(const Region& region, int index) {
-    exists = true;
+    exists = whole = true, interior = UNCLAMPED;
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
       const int local = a == 2 ? index % REGION_2 : a == 1 ? index / REGION_2 % REGION_1 : index / (REGION_1 * REGION_2);
@@ -143,6 +155,9 @@ struct Tile {
       query[a] = first_query(a, region.tile[a] + local, region.length[a]);
       key[a] = first_key(a, query[a], region.length[a]);
       exists &= owned[a] < region.length[a];
+      whole &= owned[a] + tile_of(a) <= region.length[a];
+      const int start = query[a] - (causal_of(a) ? kernel_of(a) - 1 : kernel_of(a) / 2);
+      interior &= start >= 0 && start + kernel_of(a) + tile_of(a) - 1 <= region.length[a];
     }
     slot = (key[0] - region.key[0]) * SLOT_PLANE + (key[1] - region.key[1]) * SLOT_ROW + key[2] - region.key[2];
   }
@@ -177,51 +192,49 @@ __device__ __forceinline__ int key_offset(int first, int r) {
 
 // ---- global to shared memory, and back ----
 
-// The span of keys or values of D elements, each in a slot of PITCH bytes.
+// The span of keys or values of D elements from `base`, the span's first, each into a slot of PITCH bytes.
 template <int D, int PITCH>
 __device__ __forceinline__ void load_span(unsigned shared, const Element* base, const Layout& s, const Region& region) {
-  constexpr int CHUNKS = D / 8;
+  constexpr int CHUNKS = D / 8, ITEMS = SPAN_2 * CHUNKS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  base = shifted(base, s, region.key[0], region.key[1], region.key[2]);
+  const int length = region.length[2] - region.key[2];
 #pragma unroll 1
   for (int row = warp; row < SPAN_0 * SPAN_1; row += THREADS / 32) {
-    const int x0 = row / SPAN_1, x1 = row % SPAN_1;
+    const int x0 = SPAN_0 == 1 ? 0 : row / SPAN_1, x1 = row - x0 * SPAN_1;
     const bool inside = region.key[0] + x0 < region.length[0] && region.key[1] + x1 < region.length[1];
-    const int length = inside ? region.length[2] - region.key[2] : 0;
-    const Element* source = shifted(base, s, x0, x1, 0);
+    const Element* source = base + s.offset(x0, x1, 0);
     const unsigned target = shared + (x0 * SLOT_PLANE + x1 * SLOT_ROW) * PITCH;
 #pragma unroll
-    for (int first = 0; first < SPAN_2 * CHUNKS; first += 32) {
-      const int i = first + lane, x2 = i / CHUNKS, chunk = i % CHUNKS;
-      if (first + 32 <= SPAN_2 * CHUNKS || i < SPAN_2 * CHUNKS)
-        cp_async_16(target + x2 * PITCH + chunk * 16, shifted(source, s, 0, 0, x2) + chunk * 8, x2 < length);
+    for (int first = 0; first < ITEMS; first += 32) {
+      const int x2 = (first + lane) / CHUNKS, chunk = (first + lane) % CHUNKS;
+      if (first + 32 <= ITEMS || first + lane < ITEMS)
+        cp_async_16(target + x2 * PITCH + chunk * 16, source + (static_cast<long long>(x2) * s.step[2] + chunk * 8),
+                    inside && x2 < length);
     }
   }
 }
 
-// A tile of queries to a warp's stage; rows outside the map become zeros.
+// A tile of queries, from `base`, the tile's first, to its stage; rows outside the map become zeros.
 __device__ __forceinline__ void load_tile(unsigned stage, const Element* base, const Layout& s, const Region& region,
                                           const Tile& tile, int lane) {
-  base = shifted(base, s, tile.query[0], tile.query[1], tile.query[2]);
 #pragma unroll
   for (int first = 0; first < 16 * D_CHUNKS; first += 32) {
-    const int i = first + lane, row = i / D_CHUNKS, chunk = i % D_CHUNKS;
-    if (first + 32 <= 16 * D_CHUNKS || i < 16 * D_CHUNKS)
+    const int row = (first + lane) / D_CHUNKS, chunk = (first + lane) % D_CHUNKS;
+    if (first + 32 <= 16 * D_CHUNKS || first + lane < 16 * D_CHUNKS)
       cp_async_16(stage + row * STAGE_PITCH + chunk * 16,
-                  shifted(base, s, row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8,
-                  tile.inside(region, row));
+                  base + (s.offset(row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8),
+                  tile.whole || tile.inside(region, row));
   }
 }
 
-// A tile of outputs from a warp's stage.
+// A tile of outputs from its stage.
 __device__ __forceinline__ void store_tile(Element* base, const unsigned char* stage, const Layout& s,
                                            const Region& region, const Tile& tile, int lane) {
-  base = shifted(base, s, tile.query[0], tile.query[1], tile.query[2]);
 #pragma unroll
   for (int first = 0; first < 16 * V_TILES; first += 32) {
-    const int i = first + lane, row = i / V_TILES, chunk = i % V_TILES;
-    if ((first + 32 <= 16 * V_TILES || i < 16 * V_TILES) && tile.stores(region, row))
-      *reinterpret_cast<uint4*>(shifted(base, s, row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8) =
+    const int row = (first + lane) / V_TILES, chunk = (first + lane) % V_TILES;
+    if ((first + 32 <= 16 * V_TILES || first + lane < 16 * V_TILES) && (tile.whole || tile.stores(region, row)))
+      *reinterpret_cast<uint4*>(base + (s.offset(row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8)) =
           *reinterpret_cast<const uint4*>(stage + row * STAGE_PITCH + chunk * 16);
   }
 }

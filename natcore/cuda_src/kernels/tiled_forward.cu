@@ -163,7 +163,7 @@ __device__ __forceinline__ void finish(unsigned char* stage, Softmax& softmax, c
     float sum = softmax.sum[h];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    const float inverse = 1.f / sum;
+    const float inverse = rcp_approx(sum);
     softmax.sum[h] = (softmax.top[h] * unit + lg2_approx(sum)) * LN_2;
     unsigned char* row = stage + (lane / 4 + 8 * h) * STAGE_PITCH + lane % 4 * 4;
 #pragma unroll
@@ -178,56 +178,89 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                   const BiasElement* __restrict__ rpb, Element* __restrict__ out, float* __restrict__ lse, float scale,
                   const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
-  const unsigned keys = shared_address(shared), values = keys + SLOTS * K_PITCH;
-  float* tables = reinterpret_cast<float*>(shared + SLOTS * (K_PITCH + V_PITCH));
+  float* tables = reinterpret_cast<float*>(shared + STAGES * SPAN);
+  Tile* tiles = reinterpret_cast<Tile*>(tables + 2 * COPIES * COPY);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  unsigned char* stage = reinterpret_cast<unsigned char*>(tables + 2 * TABLE) + warp * STAGE;
   const Region region(params.sizes, blockIdx.x);
   const ScaleParts parts(scale);
 
-  const int head_kv = region.head / (params.sizes.heads / params.sizes.heads_kv);
-  load_span<HEAD_DIM, K_PITCH>(keys, region.base(k, params.k, head_kv), params.k, region);
-  load_span<HEAD_DIM_V, V_PITCH>(values, region.base(v, params.v, head_kv), params.v, region);
-  const Element* queries = region.base(q, params.q, region.head);
-  Element* outputs = region.base(out, params.out, region.head);
-  float* sums = lse == nullptr ? nullptr : region.base(lse, params.lse, region.head);
-  fill_tables(tables, rpb == nullptr ? nullptr : rpb + static_cast<long long>(region.head) * params.rpb.head, params.rpb,
-              parts.bias);
+  q = region.base(q, params.q, region.head);
+  k = region.base(k, params.k, region.head_kv) + params.k.offset(region.key[0], region.key[1], region.key[2]);
+  v = region.base(v, params.v, region.head_kv) + params.v.offset(region.key[0], region.key[1], region.key[2]);
+  out = region.base(out, params.out, region.head);
+  if (lse != nullptr) lse = region.base(lse, params.lse, region.head);
+
+  const auto load_keys = [&](int round, unsigned span) {
+    const long long batch = static_cast<long long>(round) * params.sizes.splits;
+    load_span<HEAD_DIM, K_PITCH>(span, k + batch * params.k.batch, params.k, region);
+    load_span<HEAD_DIM_V, V_PITCH>(span + SLOTS * K_PITCH, v + batch * params.v.batch, params.v, region);
+  };
+  const auto load_queries_of = [&](int round, unsigned span) {
+    const Element* base = q + static_cast<long long>(round) * params.sizes.splits * params.q.batch;
+    for (int index = warp; index < TILES; index += THREADS / 32) {
+      const Tile& tile = tiles[index];
+      if (tile.exists)
+        load_tile(span + SLOTS * (K_PITCH + V_PITCH) + index * 16 * STAGE_PITCH,
+                  base + params.q.offset(tile.query[0], tile.query[1], tile.query[2]), params.q, region, tile, lane);
+    }
+    cp_async_commit();
+  };
+
+  const auto follows = [&](int round) {  // whether there is another batch entry
+    return region.split + (round + 1) * params.sizes.splits < params.sizes.batch;
+  };
+  load_keys(0, shared_address(shared));
+  if (threadIdx.x < TILES) tiles[threadIdx.x] = Tile(region, threadIdx.x);
+  fill_tables(tables, rpb + static_cast<long long>(region.head) * params.rpb.head, params.rpb, parts.bias);
+  __syncthreads();
+  load_queries_of(0, shared_address(shared));
 
 #pragma unroll 1
-  for (int index = warp; index < TILES; index += THREADS / 32) {
-    const Tile tile(region, index);
-    if (tile.exists) load_tile(shared_address(stage), queries, params.q, region, tile, lane);
-    cp_async_commit();
-    cp_async_wait<0>();
-    if (index == warp) {
-      __syncthreads();  // the halo and the tables are there
+  for (int round = 0;; ++round) {
+    unsigned char* span = shared + (STAGES == 2 ? round % 2 * SPAN : 0);
+    if (STAGES == 2 && follows(round)) {
+      const unsigned other = shared_address(shared) + (round + 1) % 2 * SPAN;
+      load_keys(round + 1, other);
+      load_queries_of(round + 1, other);
+      cp_async_wait<1>();
     } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();  // this round's span is there
+    const unsigned keys = shared_address(span), values = keys + SLOTS * K_PITCH;
+    const long long batch = static_cast<long long>(round) * params.sizes.splits;
+#pragma unroll 1
+    for (int index = warp; index < TILES; index += THREADS / 32) {
+      const Tile& tile = tiles[index];
+      if (!tile.exists) continue;
+      unsigned char* stage = span + SLOTS * (K_PITCH + V_PITCH) + index * 16 * STAGE_PITCH;
+      unsigned query[D_STEPS][4];
+      load_queries(query, shared_address(stage), parts.query, lane);
+      const float* bias = tables + table_offset(tile, lane);
+      const unsigned its_keys = keys + tile.slot * K_PITCH, its_values = values + tile.slot * V_PITCH;
+      Softmax softmax;
+      float o[V_TILES][4] = {};
+      if (UNCLAMPED && tile.interior) {
+        attend<true, 0>(softmax, o, query, its_keys, its_values, TileMask(), bias, parts.unit, lane);
+      } else {
+        attend<false, 0>(softmax, o, query, its_keys, its_values, TileMask(region, tile, lane), bias, parts.unit, lane);
+      }
+      __syncwarp();  // the queries have been read
+      finish(stage, softmax, o, parts.unit, lane);
       __syncwarp();
-    }
-    if (!tile.exists) continue;
-    unsigned query[D_STEPS][4];
-    load_queries(query, shared_address(stage), parts.query, lane);
-    const TileMask mask(region, tile, lane);
-    const float* bias = tables + (mask.interior ? 0 : TABLE) + TileMask::table_offset(tile, lane);
-    const unsigned its_keys = keys + tile.slot * K_PITCH, its_values = values + tile.slot * V_PITCH;
-    Softmax softmax;
-    float o[V_TILES][4] = {};
-    if (UNCLAMPED && mask.interior) {
-      attend<true, 0>(softmax, o, query, its_keys, its_values, mask, bias, parts.unit, lane);
-    } else {
-      attend<false, 0>(softmax, o, query, its_keys, its_values, mask, bias, parts.unit, lane);
-    }
-    __syncwarp();
-    finish(stage, softmax, o, parts.unit, lane);
-    __syncwarp();
-    store_tile(outputs, stage, params.out, region, tile, lane);
-    if (sums != nullptr && lane % 4 < 2) {
+      const int x0 = tile.query[0], x1 = tile.query[1], x2 = tile.query[2];
+      store_tile(out + (batch * params.out.batch + params.out.offset(x0, x1, x2)), stage, params.out, region, tile, lane);
       const int row = lane / 4 + lane % 4 * 8;
-      if (tile.stores(region, row))
-        *shifted(sums, params.lse, tile.query[0] + row_axis(0, row), tile.query[1] + row_axis(1, row),
-                 tile.query[2] + row_axis(2, row)) = softmax.sum[lane % 4];
+      if (lse != nullptr && lane % 4 < 2 && (tile.whole || tile.stores(region, row)))
+        lse[batch * params.lse.batch +
+            params.lse.offset(x0 + row_axis(0, row), x1 + row_axis(1, row), x2 + row_axis(2, row))] =
+            lane % 4 == 0 ? softmax.sum[0] : softmax.sum[1];
     }
-    __syncwarp();
+    if (!follows(round)) return;
+    __syncthreads();  // this round's span has been read
+    if (STAGES == 1) {
+      load_keys(round + 1, shared_address(shared));
+      load_queries_of(round + 1, shared_address(shared));
+    }
   }
 }

@@ -56,6 +56,11 @@ __device__ __forceinline__ void stmatrix_x4(unsigned address, const unsigned (&r
                : "memory");
 }
 
+__device__ __forceinline__ void stmatrix_x2_transposed(unsigned address, const unsigned (&r)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(r[0]), "r"(r[1])
+               : "memory");
+}
+
 __device__ __forceinline__ void stmatrix_x4_transposed(unsigned address, const unsigned (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
                "r"(r[1]), "r"(r[2]), "r"(r[3])

@@ -1,0 +1,207 @@
+"""The tensor core forward kernel against the reference, over the ugly cases, its geometries and random problems.
+
+The geometry tests need no GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil, prod
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from natcore import reference
+from natcore.backends import prepare
+from natcore.planning import Config, facts_for_arch, plan_for, tiled
+from natcore.problem import OPERANDS, Call, call_of, problem_of
+from natcore.views import Device, View, contiguous_strides
+from tests.cases import CASES, Case, check, inputs, random_case
+
+FACTS = facts_for_arch("sm_90a")
+DTYPES = ("float16", "bfloat16")
+CPU = Device("cpu", 0)
+
+
+def call_for(case: Case, dtype: str) -> Call:
+    """The contiguous forward call of a case, with no memory behind it."""
+    heads = case.heads
+    shapes = {"q": (case.batch, *case.spatial, heads, case.head_dim)}
+    shapes["k"] = (case.batch, *case.spatial, case.heads_kv, case.head_dim)
+    shapes["v"] = (case.batch, *case.spatial, case.heads_kv, case.head_dim_v)
+    dtypes = dict.fromkeys(shapes, dtype)
+    if case.rpb is not None:
+        shapes["rpb"] = (heads, *case.window.rpb_shape)
+        dtypes["rpb"] = dtype if case.rpb == "same" else "float32"
+    views = {n: View(0, s, contiguous_strides(s), dtypes[n], CPU) for n, s in shapes.items()}
+    problem = problem_of(case.window, views)
+    views |= {
+        n: View(0, problem.shapes[n], contiguous_strides(problem.shapes[n]), problem.dtype_of(n), CPU)
+        for n in ("out", "lse")
+    }
+    return call_of("forward", problem, views)
+
+
+def able(case: Case) -> bool:
+    """Whether the kernel takes the case; a head dimension is made a multiple of 8 by `fitting`."""
+    return case.extra == 0 and max(case.head_dim, case.head_dim_v) <= tiled.MAX_HEAD_DIM
+
+
+def fitting(case: Case) -> Case:
+    """The case with head dimensions rounded up to multiples of 8."""
+    return replace(case, head_dim=ceil(case.head_dim / 8) * 8, head_dim_v=ceil(case.head_dim_v / 8) * 8)
+
+
+ABLE = [fitting(case) for case in CASES if able(case)]
+MORE = [
+    Case("several_regions", (37, 41), 7, heads=2, heads_kv=2, head_dim=32, head_dim_v=32, rpb="float32", packed=True),
+    Case("kernel_13", (29, 30), 13, head_dim=32, head_dim_v=32, rpb="float32"),
+    Case("kernel_15_causal_stride", (33, 18), (15, 9), stride=(4, 2), is_causal=(True, False), rpb="same"),
+    Case("one_axis", (300,), 63, dilation=3, head_dim=64, head_dim_v=64, rpb="float32"),
+    Case("video_7", (4, 12, 13), (3, 7, 7), head_dim=64, head_dim_v=64),
+    Case("video_5", (7, 9, 11), 5, head_dim=64, head_dim_v=64, rpb="float32"),
+    Case("wide", (16, 17), 5, head_dim=128, head_dim_v=128, rpb="float32"),
+    Case("unequal_heads", (21, 9), (3, 9), heads=4, heads_kv=2, head_dim=48, head_dim_v=96, rpb="same", batch=2),
+]
+
+
+LARGE = [
+    Case("large", (128, 512), 7, heads=2, heads_kv=2, head_dim=32, head_dim_v=32),
+    Case("large_stride", (301, 97), (9, 6), stride=(4, 5), dilation=(2, 3), is_causal=(True, False)),
+    Case("large_1d", (4099,), 31, stride=7),
+]
+
+
+@pytest.mark.parametrize("case", [c for c in ABLE + MORE + LARGE if c.batch], ids=lambda case: case.name)
+def test_geometry_covers_every_window(case: Case) -> None:
+    """Every key of every query lies in its tile's halo, its region's span and the difference table."""
+    g = tiled.choose_geometry(call_for(case, "float16").problem, FACTS.shared_bytes_per_block)
+    assert g is not None
+    assert g.shared_bytes <= FACTS.shared_bytes_per_block and prod(g.tile) == tiled.TILE_QUERIES
+    for axis, tile, region, span, (halo, low, high) in zip(g.axes, g.tile, g.region, g.span, g.halos, strict=True):
+        for length in axis.lengths:
+            owned: list[int] = []
+            for number in range(ceil(length / tile)):
+                first = min(number * tile, max(length - tile, 0))
+                start = min(axis.keys(first, length)[0], max(length - halo, 0))
+                origin = min(number // region * region * tile, max(length - tile, 0))
+                base = min(axis.keys(origin, length)[0], max(length - halo, 0))
+                assert start - base >= 0 and start - base + halo <= span
+                for p in range(first, min(first + tile, length)):
+                    begin, end = axis.keys(p, length)
+                    assert start <= begin < end <= start + halo
+                    assert low <= begin - p and end - 1 - p <= high
+                owned += range(max(first, number * tile), min(first + tile, length))
+            assert owned == list(range(length))
+
+
+def test_windows_agree_with_the_reference() -> None:
+    """The planner's windows are those of the definition."""
+    for kernel, stride, causal in ((5, 1, False), (4, 3, False), (5, 2, True), (6, 6, False)):
+        for extent in range(kernel, 20):
+            axis = tiled.Axis(extent, kernel, stride, 1, causal)
+            for p in range(extent):
+                start, end = axis.keys(p, extent)
+                assert (start, end) == reference.neighborhood(p, extent, kernel, stride, 1, causal)
+
+
+def test_planner_prefers_it() -> None:
+    """The tiled kernel takes what it can; the general kernel takes the rest."""
+    for case in ABLE:
+        if case.batch:
+            launches = plan_for(call_for(case, "float16"), FACTS).launches
+            assert [launch.kernel.name for launch in launches] == ["tiled_forward"], case.name
+    assert plan_for(call_for(ABLE[0], "float32"), FACTS).launches[0].kernel.name == "general_forward"
+    with pytest.raises(NotImplementedError, match="float16 and bfloat16"):
+        plan_for(call_for(ABLE[0], "float32"), FACTS, Config("tiled"))
+
+
+# ---- on a GPU ----
+
+
+def to_gpu(array: np.ndarray):
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).cuda()
+    return torch.from_numpy(np.ascontiguousarray(array)).cuda()
+
+
+def to_numpy(tensor) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
+def run(case: Case, dtype: str, arrays: dict[str, np.ndarray], config: Config | None) -> dict[str, np.ndarray]:
+    """out and lse by the CUDA backend; results lie poisoned before the run."""
+    import torch
+
+    tensors = {n: to_gpu(arrays[n]) for n in ("q", "k", "v", "rpb") if n in arrays}
+    if case.packed:
+        q, k, v = torch.stack([tensors[n] for n in "qkv"], -3).unbind(-3)
+        tensors |= {"q": q, "k": k, "v": v}
+    device = Device("cuda", 0)
+
+    def view(t) -> View:
+        return View(t.data_ptr(), tuple(t.shape), tuple(t.stride()), str(t.dtype).removeprefix("torch."), device)
+
+    views = {n: view(t) for n, t in tensors.items()}
+    problem = problem_of(case.window, views)
+    for n in ("out", "lse"):
+        kind = getattr(torch, problem.dtype_of(n))
+        tensors[n] = torch.full(problem.shapes[n], float("nan"), dtype=kind, device="cuda")
+        views[n] = view(tensors[n])
+    executable = prepare(call_of("forward", problem, views), device, config)
+    scale = problem.default_scale if case.scale is None else case.scale
+    pointers = [views[n].ptr if n in views else 0 for n in OPERANDS["forward"]]
+    executable(pointers, scale, torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    return {n: to_numpy(tensors[n]) for n in ("out", "lse")}
+
+
+CONFIGS = [
+    Config("tiled"),
+    Config("tiled", (("tile0", 1), ("tile1", 4), ("tile2", 4), ("region0", 1), ("region1", 1), ("region2", 2))),
+    Config("tiled", (("tile0", 1), ("tile1", 2), ("tile2", 8), ("region0", 1), ("region1", 2), ("region2", 1))),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ABLE + MORE, ids=lambda case: case.name)
+def test_cases(case: Case, dtype: str) -> None:
+    arrays = inputs(case, dtype)
+    check(case, dtype, arrays, run(case, dtype, arrays, Config("tiled")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS[1:], ids=("4x4", "2x8"))
+@pytest.mark.parametrize("case", [c for c in ABLE + MORE if c.rank > 1 and c.batch], ids=lambda case: case.name)
+def test_other_geometries(case: Case, config: Config) -> None:
+    try:
+        plan_for(call_for(case, "float16"), FACTS, config)
+    except ValueError:
+        pytest.skip("the geometry does not fit the case")
+    arrays = inputs(case, "float16", seed=1)
+    check(case, "float16", arrays, run(case, "float16", arrays, config))
+
+
+@pytest.mark.gpu
+@seed(20)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(random_case(), st.sampled_from(DTYPES))
+def test_random(case: Case, dtype: str) -> None:
+    case = fitting(replace(case, extra=0))
+    arrays = inputs(case, dtype, seed=2)
+    check(case, dtype, arrays, run(case, dtype, arrays, None))
+
+
+@pytest.mark.gpu
+def test_repeats_are_bitwise_equal() -> None:
+    case = MORE[0]
+    arrays = inputs(case, "float16")
+    first = run(case, "float16", arrays, Config("tiled"))
+    for _ in range(20):
+        again = run(case, "float16", arrays, Config("tiled"))
+        assert all((first[n] == again[n]).all() for n in first)
