@@ -7,6 +7,7 @@ deserialized program never run instantiate, so execute rebuilds from the `Spec` 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import threading
 from functools import lru_cache
@@ -36,22 +37,35 @@ _prepared: dict[tuple[int, Device], tuple[Spec, Executable]] = {}
 
 
 def register(platform: str) -> None:
-    """Makes the target known to XLA for "cpu" or "cuda"; once per process."""
+    """Makes the target known to XLA for "cpu" or "cuda"; once per process.
+
+    Without the CUDA driver nothing can run there, and nothing is registered; programs can still be lowered
+    and exported for it.
+    """
     with _lock:
-        if platform not in _registered:
-            stages = _cuda_stages() if platform == "cuda" else _cpu_stages()
-            capsules = {name: jax.ffi.pycapsule(address) for name, address in stages.items()}
-            jax.ffi.register_ffi_target(TARGET, capsules, platform="CUDA" if platform == "cuda" else platform)
-            _registered.add(platform)
+        if platform in _registered or (platform == "cuda" and not _has_driver()):
+            return
+        stages = _cuda_stages() if platform == "cuda" else _cpu_stages()
+        capsules = {name: jax.ffi.pycapsule(address) for name, address in stages.items()}
+        jax.ffi.register_ffi_target(TARGET, capsules, platform="CUDA" if platform == "cuda" else platform)
+        _registered.add(platform)
 
 
 def register_where_possible() -> None:
-    """At import: programs from `jax.export` need the target before anything is lowered."""
+    """At import: programs from `jax.export` need the target though nothing is lowered here."""
     register("cpu")
     platforms = (getattr(jax.config, "jax_platforms", None) or "cuda").split(",")
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
     if {"cuda", "gpu"} & set(platforms) and any(importlib.util.find_spec(name) for name in plugins):
         register("cuda")
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=4096)

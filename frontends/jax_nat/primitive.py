@@ -126,6 +126,7 @@ def _abstract(*avals: Any, request: Request) -> list[Any]:
 
 
 def _lower(platform: str, ctx: Any, *operands: Any, request: Request) -> Any:
+    handler.register(platform)
     workspace = handler.workspace_bytes(platform, request.spec)
 
     def call(*arrays: jax.Array) -> Sequence[jax.Array]:
