@@ -89,6 +89,8 @@ def faults_of(row: ReportRow) -> list[str]:
 def _report(spec: KernelSpec) -> ReportRow:
     start = time.perf_counter()
     cubin, cached = _compile(spec)
+    if cubin.resources is None:
+        raise CompileError(f"the compiler gave no report on kernel {spec.name} for {spec.arch}.")
     return ReportRow(spec, cubin.resources, time.perf_counter() - start, cached)
 
 
@@ -153,6 +155,18 @@ def nvrtc_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
+@lru_cache
+def _no_cache() -> tuple[str, ...]:
+    """The option that turns NVRTC's own cache off, whose hits come without ptxas's report; () where unknown."""
+    nvrtc = _nvrtc()
+    _, program = nvrtc.nvrtcCreateProgram(b"", b"empty.cu", 0, [], [])
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(program, 1, [b"--no-cache"])
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return ("--no-cache",) if error == nvrtc.nvrtcResult.NVRTC_SUCCESS else ()
+
+
 def _run_nvrtc(spec: KernelSpec) -> Cubin:
     nvrtc = _nvrtc()
     sources = sources_of(spec.name)
@@ -167,7 +181,7 @@ def _run_nvrtc(spec: KernelSpec) -> Cubin:
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise CompileError(f"NVRTC could not create a program for {spec.name}: {error.name}.")
     try:
-        options = [f"--gpu-architecture={spec.arch}", "--std=c++17", "--ptxas-options=-v"]
+        options = [f"--gpu-architecture={spec.arch}", "--std=c++17", "--ptxas-options=-v", *_no_cache()]
         options += [f"-D{name}={value}" for name, value in spec.defines]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
@@ -176,7 +190,7 @@ def _run_nvrtc(spec: KernelSpec) -> Cubin:
         image = _text(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return Cubin(image, _resources(spec, log))
+    return Cubin(image, _resources(log))
 
 
 def _text(size_of, read, program) -> bytes:
@@ -194,19 +208,16 @@ def _failure(spec: KernelSpec, error: str) -> str:
     return message
 
 
-def _resources(spec: KernelSpec, log: str) -> Resources:
+def _resources(log: str) -> Resources | None:
     """Reads ptxas's report, which -v puts into the log."""
-
-    def number(pattern: str, default: int | None = None) -> int:
-        match = re.search(pattern, log)
-        if match is None and default is None:
-            raise CompileError(f"no {pattern!r} in the compiler's report on {spec.name}.", log)
-        return int(match[1]) if match else int(default or 0)
-
-    return Resources(
-        registers=number(r"Used (\d+) registers"),
-        shared_bytes=number(r"(\d+) bytes smem", 0),
-        stack_bytes=number(r"(\d+) bytes stack frame"),
-        spill_store_bytes=number(r"(\d+) bytes spill stores"),
-        spill_load_bytes=number(r"(\d+) bytes spill loads"),
+    patterns = (
+        r"Used (\d+) registers",
+        r"(\d+) bytes smem|$",  # absent where there is none
+        r"(\d+) bytes stack frame",
+        r"(\d+) bytes spill stores",
+        r"(\d+) bytes spill loads",
     )
+    found = [re.search(pattern, log) for pattern in patterns]
+    if any(match is None for match in found):
+        return None
+    return Resources(*(int(match[1] or 0) for match in found if match is not None))

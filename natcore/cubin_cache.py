@@ -36,7 +36,7 @@ class Resources:
 @dataclass(frozen=True)
 class Cubin:
     image: bytes
-    resources: Resources
+    resources: Resources | None  # None where the compiler gave no report
 
 
 def cache_folder() -> Path:
@@ -60,14 +60,17 @@ def read_entry(key: str) -> Cubin | None:
             return None
         head, _, image = rest.partition(b"\n")
         fields = json.loads(head)
-        return Cubin(image, Resources(**fields["resources"])) if fields["key"] == key else None
+        if fields["key"] != key:
+            return None
+        resources = fields["resources"]
+        return Cubin(image, None if resources is None else Resources(**resources))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_entry(key: str, cubin: Cubin) -> None:
     """Written beside its place and moved there: no reader ever sees half of it."""
-    head = json.dumps({"key": key, "resources": asdict(cubin.resources)}).encode()
+    head = json.dumps({"key": key, "resources": cubin.resources and asdict(cubin.resources)}).encode()
     rest = head + b"\n" + cubin.image
     temporary = None
     try:

@@ -33,7 +33,9 @@ MAX_HEAD_DIM = 256
 MAX_EXTENT = 1 << 30  # positions on an axis are 32-bit in the kernels
 THREADS = 128
 LOAD_BYTES = 16  # the widest load
-ELEMENTS_PER_LANE = 8  # of a row, at most (but never more than 32 lanes): bounds the registers
+ROW_BYTES_PER_LANE = (
+    32  # of a row, at most, but 8 elements at least: bounds the registers (measured: 16-bit 16, float32 8)
+)
 TARGET_BLOCKS = (
     1 << 14
 )  # of sums over queries, which are cut into slices; not the GPU's business: sums are the same on all
@@ -154,8 +156,8 @@ def _build(call: Call, arch: str, options: Mapping[str, int]) -> _Build:
             f"config: vector {vector} must divide {_vector(call)}, what strides and head dimensions allow."
         )
     widest = max(problem.head_dim, problem.head_dim_v)
-    lanes = 1
-    while lanes < 32 and ceil(widest / vector / lanes) * vector > ELEMENTS_PER_LANE:
+    lanes, share = 1, max(ROW_BYTES_PER_LANE // ITEM_SIZES[problem.dtype], 8)
+    while lanes < 32 and ceil(widest / vector / lanes) * vector > share:
         lanes *= 2
     lanes = options.get("lanes", lanes)
     if lanes not in (1, 2, 4, 8, 16, 32):

@@ -22,7 +22,7 @@ using Acc = AccumulatorOf<Element>::type;
 using Index = INDEX;
 
 constexpr int GROUPS = THREADS / LANES;  // items that a block works on at once
-constexpr int RESIDENT = sizeof(Acc) == 8 ? 2 : 3;  // blocks that should fit a multiprocessor: bounds the registers
+constexpr int RESIDENT = 2;  // blocks that should fit a multiprocessor: bounds the registers
 constexpr Acc LOG2_E = Acc(1.4426950408889634074);
 constexpr Acc LN_2 = Acc(0.69314718055994530942);
 __device__ __forceinline__ Acc infinity() { return __uint_as_float(0x7f800000u); }
@@ -77,6 +77,20 @@ __device__ __forceinline__ Place place_of(Index item, const Sizes& sizes, int he
   return place;
 }
 
+// Moves a place on by a step, itself the place of an item number: an odometer, without divisions.
+__device__ __forceinline__ void advance(Place& place, const Place& step, const Sizes& sizes, int heads) {
+  place.head += step.head;
+  int carry = place.head >= heads;
+  place.head -= carry ? heads : 0;
+#pragma unroll
+  for (int a = 2; a >= 0; --a) {
+    place.x[a] += step.x[a] + carry;
+    carry = place.x[a] >= sizes.axis[a].extent;
+    place.x[a] -= carry ? sizes.axis[a].extent : 0;
+  }
+  place.batch += step.batch + carry;
+}
+
 __device__ __forceinline__ Index items(const Sizes& sizes, int heads) {
   return static_cast<Index>(sizes.batch) * sizes.axis[0].extent * sizes.axis[1].extent * sizes.axis[2].extent * heads;
 }
@@ -85,7 +99,9 @@ __device__ __forceinline__ Index items(const Sizes& sizes, int heads) {
 struct Spot {
   int group, inside, length;
   __device__ __forceinline__ Spot(const Axis& axis, int x)
-      : group(x % axis.dilation), inside(x / axis.dilation), length(group_length(axis, group)) {}
+      : group(axis.dilation == 1 ? 0 : x % axis.dilation),
+        inside(axis.dilation == 1 ? x : x / axis.dilation),
+        length(group_length(axis, group)) {}
   // Where the n-th of this spot's group lies on the axis.
   __device__ __forceinline__ int position(const Axis& axis, int n) const { return n * axis.dilation + group; }
 };

@@ -28,7 +28,7 @@ __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
 
 __device__ __forceinline__ int group_length(const Axis& axis, int group) {
-  return (axis.extent - group + axis.dilation - 1) / axis.dilation;
+  return axis.dilation == 1 ? axis.extent : (axis.extent - group + axis.dilation - 1) / axis.dilation;
 }
 
 // The first query of p's stride block.

@@ -62,9 +62,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   const Index queries = items(sizes, heads_per_kv) / sizes.batch, part = (queries + sizes.slices - 1) / sizes.slices;
   const Index first = slice * part, end = queries - first < part ? queries : first + part;
-  for (Index query = first + threadIdx.x / LANES; query < end && first < queries; query += GROUPS) {
-    Place place = place_of(query, sizes, heads_per_kv);
-    place.batch = batch;
+  const Place step = place_of(GROUPS, sizes, heads_per_kv);
+  Index query = first + threadIdx.x / LANES;
+  Place place = place_of(query, sizes, heads_per_kv);  // of a batch of one
+  place.batch = batch;
+  for (; query < end && first < queries; query += GROUPS, advance(place, step, sizes, heads_per_kv)) {
     const int head = head_kv * heads_per_kv + place.head;
     RawRow<HEAD_DIM> q_row;
     RawRow<HEAD_DIM_V> gradient;

@@ -18,19 +18,17 @@ struct Params {
 };
 
 // The key that lies at this entry's offset from the query. False where it is not in the query's window.
-__device__ __forceinline__ bool key_at(const Sizes& sizes, const int (&entry)[3], Index query, Place& from, Place& to) {
+__device__ __forceinline__ bool key_at(const Sizes& sizes, const int (&entry)[3], const Place& from, Place& to) {
 #pragma unroll
   for (int a = 2; a >= 0; --a) {
     const Axis& axis = sizes.axis[a];
-    from.x[a] = static_cast<int>(query % axis.extent);
-    query /= axis.extent;
     const Spot spot(axis, from.x[a]);
     const Interval keys = keys_of(axis, spot.inside, spot.length);
     const int n = spot.inside + entry[a] - (axis.kernel - 1);
     if (n < keys.start || n >= keys.end) return false;
     to.x[a] = spot.position(axis, n);
   }
-  from.batch = to.batch = static_cast<int>(query);
+  to.batch = from.batch;
   return true;
 }
 
@@ -64,9 +62,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const Index queries = items(sizes, 1), part = (queries + sizes.slices - 1) / sizes.slices;
   const Index first = slice * part, end = queries - first < part ? queries : first + part;
   Acc sum = 0;
-  for (Index query = first + group; query < end && first < queries; query += GROUPS) {
-    Place from, to;
-    if (!key_at(sizes, entry, query, from, to)) continue;
+  const Place step = place_of(GROUPS, sizes, 1);
+  Place from = place_of(first + group, sizes, 1), to;
+  for (Index query = first + group; query < end && first < queries; query += GROUPS, advance(from, step, sizes, 1)) {
+    if (!key_at(sizes, entry, from, to)) continue;
     RawRow<HEAD_DIM> q_row, k_row;
     RawRow<HEAD_DIM_V> gradient, value;
     q_row.load(q + from.offset(params.q, head), lane);
