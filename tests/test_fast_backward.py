@@ -1,0 +1,207 @@
+"""The tensor core backward kernel against the reference: ugly cases, geometries, random problems, determinism.
+
+The geometry tests need no GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from natcore.backends import prepare
+from natcore.planning import Config, banded, facts_for_arch, plan_for
+from natcore.planning.listed import contiguous_call
+from natcore.problem import OPERANDS, RESULTS, Problem, call_of, problem_of
+from natcore.views import Device, View
+from tests.cases import CASES, Case, check, expected, inputs, random_case
+
+FACTS = facts_for_arch("sm_90a")
+DTYPES = ("float16", "bfloat16")
+
+
+def fitting(case: Case) -> Case:
+    """The case with head dimensions rounded up to multiples of 8."""
+    return replace(case, head_dim=ceil(case.head_dim / 8) * 8, head_dim_v=ceil(case.head_dim_v / 8) * 8)
+
+
+def able(case: Case) -> bool:
+    grouped = case.heads != case.heads_kv
+    return not (case.extra or grouped or case.batch == 0) and max(case.head_dim, case.head_dim_v) <= banded.MAX_HEAD_DIM
+
+
+def problem_for(case: Case, dtype: str) -> Problem:
+    rpb = dtype if case.rpb == "same" else case.rpb
+    return Problem(
+        case.window, case.batch, case.spatial, case.heads, case.heads_kv, case.head_dim, case.head_dim_v,
+        case.extra, dtype, rpb,
+    )  # fmt: skip
+
+
+ABLE = [fitting(case) for case in CASES if able(case)]
+WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
+MORE = [
+    Case("several_regions", (37, 41), 7, heads=2, heads_kv=2, packed=True, batch=2, **WIDE),
+    Case("last_stage", (7, 7), 7, heads=4, heads_kv=4, batch=5, **WIDE),
+    Case("kernel_3", (20, 19), 3, heads=2, heads_kv=2, head_dim=64, head_dim_v=64, rpb="same"),
+    Case("kernel_5", (20, 19), 5, heads=2, heads_kv=2, head_dim=48, head_dim_v=16, rpb="float32"),
+    Case("kernel_9", (20, 29), 9, heads=2, heads_kv=2, head_dim=24, head_dim_v=80, rpb="float32"),
+    Case("kernel_11", (20, 29), 11, **WIDE),
+    Case("kernel_13", (20, 29), 13, **WIDE),
+    Case("kernel_15", (30, 29), 15, head_dim=16, head_dim_v=16, rpb="float32"),
+    Case("dilated", (30, 29), 7, dilation=2, **WIDE),
+    Case("causal_strides", (20, 20), (7, 5), stride=(2, 3), is_causal=True, heads=2, heads_kv=2, **WIDE),
+    Case("video_5", (7, 14, 13), (3, 5, 5), head_dim=64, head_dim_v=64, rpb="float32"),
+    Case("one_axis", (400,), 127, heads=2, heads_kv=2, **WIDE),
+    Case("wide", (20, 20), 7, heads=2, heads_kv=2, head_dim=128, head_dim_v=128, rpb="float32"),
+]
+
+
+@pytest.mark.parametrize("case", ABLE + MORE, ids=lambda case: case.name)
+def test_geometry_covers_every_pair(case: Case) -> None:
+    """Every pair lies in the blocks of its group of queries and in those of its group of keys, in shared memory."""
+    g = banded.choose_geometry(problem_for(case, "float16"), FACTS, {})
+    assert g is not None and g.shared_bytes <= FACTS.shared_bytes_per_block
+    blocks = {side: g.columns[f"{side}_BLOCKS"] * 16 // g.block_rows for side in ("QUERY", "KEY")}
+    for a, axis in enumerate(g.axes):
+        for length in axis.lengths:
+            keys, queries = axis.intervals(length)
+            pairs = [(p, n) for p, (start, end) in enumerate(keys) for n in range(start, end)]
+            assert sorted(pairs) == sorted((p, n) for n, (start, end) in enumerate(queries) for p in range(start, end))
+            if a == 2:
+                for p, n in pairs:
+                    group = g.group_columns
+                    assert 0 <= n - p // group * group + g.columns["QUERY_LEFT"] < blocks["QUERY"]
+                    assert 0 <= p - n // group * group + g.columns["KEY_LEFT"] < blocks["KEY"]
+                continue
+            for first in range(0, length, g.region[a]):
+                last = min(first + g.region[a], length) - 1
+                assert keys[last][1] - keys[first][0] <= g.spans[f"KEY_SPAN_{a}"]
+                assert queries[last][1] - queries[first][0] <= g.spans[f"QUERY_SPAN_{a}"]
+
+
+def test_planner_prefers_it() -> None:
+    """The banded kernel takes what it can; the general kernels take the rest."""
+    call = contiguous_call("backward", problem_for(MORE[0], "float16"))
+    names = [launch.kernel.name for launch in plan_for(call, FACTS).launches]
+    assert names == ["banded_backward", "banded_backward_bias"]
+    other = replace(call, problem=replace(call.problem, dtype="float32"))
+    assert plan_for(other, FACTS).launches[0].kernel.name.startswith("general")
+    with pytest.raises(NotImplementedError, match="float16 and bfloat16"):
+        plan_for(other, FACTS, Config("banded"))
+
+
+def test_workspace_is_small() -> None:
+    """At most one tensor of q's size plus 16 MiB; here, the partial sums of drpb only."""
+    for spatial, heads in (((56, 56), 2), ((7, 7), 16)):
+        case = Case("stage", spatial, 7, heads=heads, heads_kv=heads, batch=128, **WIDE)
+        plan = plan_for(contiguous_call("backward", problem_for(case, "float16")), FACTS)
+        assert plan.workspace_bytes <= 4 << 20
+
+
+# ---- on a GPU ----
+
+
+def to_gpu(array: np.ndarray):
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).cuda()
+    return torch.from_numpy(np.ascontiguousarray(array)).cuda()
+
+
+class Run:
+    """A backward on the GPU; the forward's results come from the reference."""
+
+    def __init__(self, case: Case, dtype: str, config: Config | None, with_d_lse: bool = True) -> None:
+        import torch
+
+        self.case, self.dtype = case, dtype
+        self.arrays = inputs(case, dtype)
+        if not with_d_lse:
+            self.arrays["d_lse"][:] = 0
+        forward = expected(case, self.arrays)
+        kind = getattr(torch, dtype)
+        tensors = {n: to_gpu(a) for n, a in self.arrays.items() if n != "d_lse" or with_d_lse}
+        tensors["out"] = torch.from_numpy(forward["out"]).cuda().to(kind)
+        tensors["lse"] = torch.from_numpy(forward["lse"]).cuda().float()
+        if case.packed:
+            tensors |= dict(zip("qkv", torch.stack([tensors[n] for n in "qkv"], -3).unbind(-3), strict=True))
+        problem = problem_of(case.window, {n: self._view(tensors[n]) for n in ("q", "k", "v", "rpb") if n in tensors})
+        shapes = {n: problem.shapes[n] for n in RESULTS["backward"] if problem.has(n)}
+        self.results = {
+            n: torch.full(s, float("nan"), device="cuda", dtype=getattr(torch, problem.dtype_of(n)))
+            for n, s in shapes.items()
+        }
+        if case.packed:
+            lead, tail = shapes["dq"][:-2], shapes["dq"][-2:]
+            packed = torch.full((*lead, 3, *tail), float("nan"), device="cuda", dtype=kind)
+            self.results |= dict(zip(("dq", "dk", "dv"), packed.unbind(-3), strict=True))
+        tensors |= self.results
+        call = call_of("backward", problem, {n: self._view(t) for n, t in tensors.items()})
+        self.executable = prepare(call, Device("cuda", 0), config)
+        self.tensors = tensors
+        self.pointers = [tensors[n].data_ptr() if n in tensors else 0 for n in OPERANDS["backward"]]
+        self.scale = problem.default_scale if case.scale is None else case.scale
+        size = max(self.executable.workspace_bytes, 1)
+        self.workspace = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
+
+    @staticmethod
+    def _view(t) -> View:
+        dtype = str(t.dtype).removeprefix("torch.")
+        return View(t.data_ptr(), tuple(t.shape), tuple(t.stride()), dtype, Device("cuda", 0))
+
+    def __call__(self) -> None:
+        import torch
+
+        stream = torch.cuda.current_stream().cuda_stream
+        self.executable(self.pointers, self.scale, stream, self.workspace.data_ptr())
+
+    def check(self) -> None:
+        actual = {n: t.float().cpu().numpy() for n, t in self.results.items()}
+        check(self.case, self.dtype, self.arrays, actual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ABLE + MORE, ids=lambda case: case.name)
+def test_cases(case: Case, dtype: str) -> None:
+    run = Run(case, dtype, Config("banded"))
+    run()
+    run.check()
+
+
+@pytest.mark.gpu
+def test_without_d_lse() -> None:
+    run = Run(MORE[0], "float16", Config("banded"), with_d_lse=False)
+    run()
+    run.check()
+
+
+@pytest.mark.gpu
+@seed(20)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=random_case().map(fitting).filter(able), dtype=st.sampled_from(DTYPES))
+def test_random_problems(case: Case, dtype: str) -> None:
+    run = Run(case, dtype, Config("banded"))
+    run()
+    run.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [MORE[0], MORE[1], MORE[4]], ids=lambda case: case.name)
+def test_bitwise_equal_over_1000_runs(case: Case) -> None:
+    import torch
+
+    run = Run(case, "bfloat16", Config("banded"))
+    run()
+    first = {n: t.clone() for n, t in run.results.items()}
+    for _ in range(1000):
+        for t in run.results.values():
+            t.fill_(float("nan"))
+        run()
+        assert all(torch.equal(t, first[n]) for n, t in run.results.items())
