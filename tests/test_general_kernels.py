@@ -20,6 +20,7 @@ from tests.cases import CASES, Case, check, inputs, numpy_dtype, random_case
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
 FACTS = facts_for_arch("sm_90a")
+WIDE_TABLE = Case("wide_table", (45,), 20, rpb="float32")
 SOME = [c for c in CASES if c.name in ("nat_packed", "gqa", "additional_keys", "odd_head_dim")]
 
 
@@ -100,7 +101,7 @@ def compiled(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [*CASES, WIDE_TABLE], ids=lambda c: c.name)
 def test_cases_float64(case: Case, compiled: Path):
     everything(case, "float64", compiled)
 

@@ -33,19 +33,24 @@ MAX_HEAD_DIM = 256
 MAX_EXTENT = 1 << 30  # positions on an axis are 32-bit in the kernels
 THREADS = 128
 LOAD_BYTES = 16  # the widest load
-ROW_BYTES_PER_LANE = (
-    32  # of a row, at most, but 8 elements at least: bounds the registers (measured: 16-bit 16, float32 8)
-)
-TARGET_BLOCKS = (
-    1 << 14
-)  # of sums over queries, which are cut into slices; not the GPU's business: sums are the same on all
+#: Of a row, with one lane, but at least 8 elements: bounds the registers. The fastest of 8 to 64 on an H200.
+ROW_BYTES_PER_LANE = 32
+#: Entries along the last axis of the bias table that one block sums.
+SPAN = 32
+#: Of sums over queries, which are cut into slices. The same on every GPU, so that sums are too.
+TARGET_BLOCKS = 1 << 14
 MIN_QUERIES_PER_GROUP = 8  # of a slice
 
 #: Operands whose rows the kernels load and store in chunks of `vector` elements.
 _ROWS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "additional_keys", "additional_values")
 
-#: Kernels that walk a window in strips.
-_WALKS = ("general_forward", "general_backward_query", "general_backward_key")
+#: Kernels that walk a window in strips: the longest strip. Longer ones hide more latency and take more registers;
+#: these were the fastest on an H200 of those that spill nowhere.
+_WALKS = {
+    "general_forward": {"float64": 2, "float32": 1, "float16": 4, "bfloat16": 4},
+    "general_backward_query": {"float64": 1, "float32": 4, "float16": 2, "bfloat16": 1},
+    "general_backward_key": {"float64": 1, "float32": 2, "float16": 1, "bfloat16": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class _Build:
     arch: str
     vector: int  # elements of one load
     lanes: int  # lanes that share a row
-    strip: int  # neighbours loaded at once
+    strip: int | None  # neighbours loaded at once; None = each kernel's own choice
     threads: int
 
     @property
@@ -90,7 +95,9 @@ class _Build:
             "INDEX": "unsigned long long" if wide else "unsigned",
         }
         if name in _WALKS:
-            defines["STRIP"] = self.strip
+            defines["STRIP"] = self.strip or _strip(p, _WALKS[name][p.dtype])
+        if name == "general_backward_bias":
+            defines["SPAN"] = SPAN
         if p.rpb_dtype is not None and name in (*_WALKS, "general_backward_bias"):
             defines["RPB"] = p.rpb_dtype
         return KernelSpec(name, tuple(sorted((n, str(v)) for n, v in defines.items())), self.arch)
@@ -163,23 +170,21 @@ def _build(call: Call, arch: str, options: Mapping[str, int]) -> _Build:
     if lanes not in (1, 2, 4, 8, 16, 32):
         raise ValueError(f"config: lanes {lanes} must be a power of two up to 32.")
     threads = options.get("threads", THREADS)
-    if not 1 <= threads <= 1024 or threads % lanes:
-        raise ValueError(f"config: threads {threads} must be a multiple of lanes {lanes} and at most 1024.")
-    strip = options.get("strip", _strip(call))
-    if not 1 <= strip <= 8:
+    if not 1 <= threads <= THREADS or threads % lanes:
+        raise ValueError(f"config: threads {threads} must be a multiple of lanes {lanes} and at most {THREADS}.")
+    strip = options.get("strip")
+    if strip is not None and not 1 <= strip <= 8:
         raise ValueError(f"config: strip {strip} must be from 1 to 8.")
     return _Build(call, arch, vector, lanes, strip, threads)
 
 
-def _strip(call: Call) -> int:
+def _strip(problem: Problem, longest: int) -> int:
     """Neighbours loaded at once: the fewest loads past the end of the window's row, then the longest strip."""
-    longest = 4 if call.direction == "forward" else 2
-    if call.problem.dtype == "float64":
-        longest //= 2
-    kernel = call.problem.window.kernel_size[-1]
+    kernel = problem.window.kernel_size[-1]
     if kernel <= longest:
         return kernel
-    return min((longest, max(longest - 1, 2)), key=lambda strip: (ceil(kernel / strip) * strip, -strip))
+    shorter = max(longest - 1, 1) if longest > 2 else longest
+    return min((longest, shorter), key=lambda strip: (ceil(kernel / strip) * strip, -strip))
 
 
 def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
@@ -250,12 +255,13 @@ def _slices(build: _Build, queries: int, sums: int) -> int:
 
 def _bias_launches(build: _Build, space: _Space, delta: Workspace) -> tuple[Launch, ...]:
     problem = build.problem
-    entries = prod(problem.shapes["rpb"])
-    slices = _slices(build, build.items(1), entries)
-    partials = space.take(slices * entries, build.accumulator)
+    *rows, row_length = problem.shapes["rpb"]
+    blocks = prod(rows) * ceil(row_length / SPAN)
+    slices = _slices(build, build.items(1), blocks)
+    partials = space.take(slices * prod(problem.shapes["rpb"]), build.accumulator)
     first = build.launch(
         "general_backward_bias",
-        (entries * slices, 1, 1),
+        (blocks * slices, 1, 1),
         ("d_out", "q", "k", "v", "lse", delta, "rpb", partials),
         Scale(build.accumulator),
         build.params(("d_out", "q", "k", "v", "lse", "delta", "rpb"), slices),
@@ -318,7 +324,7 @@ _KERNELS = tuple(
         ("general_delta", 64, 0),
         ("general_backward_query", 255, 0),
         ("general_backward_key", 255, 0),
-        ("general_backward_bias", 128, 1 << 10),
+        ("general_backward_bias", 255, 32 << 10),
         ("general_backward_additional", 168, 8 << 10),
         ("general_sum_partials", 40, 0),
     )

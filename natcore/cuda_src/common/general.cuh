@@ -22,7 +22,7 @@ using Acc = AccumulatorOf<Element>::type;
 using Index = INDEX;
 
 constexpr int GROUPS = THREADS / LANES;  // items that a block works on at once
-constexpr int RESIDENT = 2;  // blocks that should fit a multiprocessor: bounds the registers
+constexpr int RESIDENT = sizeof(Acc) == 8 ? 2 : 3;  // blocks that should fit a multiprocessor: bounds the registers
 constexpr Acc LOG2_E = Acc(1.4426950408889634074);
 constexpr Acc LN_2 = Acc(0.69314718055994530942);
 __device__ __forceinline__ Acc infinity() { return __uint_as_float(0x7f800000u); }

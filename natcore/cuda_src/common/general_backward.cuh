@@ -21,12 +21,3 @@ struct PairGradient {
   __device__ __forceinline__ PairGradient(Acc qk, Acc dp, Acc scale2, Acc bias2, const QueryScalars& query)
       : p(exp2(qk * scale2 + bias2 - query.lse2)), ds(p * (dp - query.delta)) {}
 };
-
-// The lane-group's inner product of two rows as they lie in memory.
-template <int D>
-__device__ __forceinline__ Acc raw_dot(const RawRow<D>& a, const RawRow<D>& b) {
-  Acc sum = 0;
-#pragma unroll
-  for (int i = 0; i < Share<D>::size; ++i) sum += a[i] * b[i];
-  return group_sum(sum);
-}
