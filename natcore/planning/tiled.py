@@ -128,6 +128,40 @@ def _congruent(least: int, residue: int) -> int:
     return least + (residue - least) % 8
 
 
+def _pitch(head_dim: int) -> int:
+    chunks = head_dim // 8
+    return 16 * (chunks if chunks & (chunks - 1) == 0 else chunks | 1)
+
+
+@lru_cache(maxsize=4096)
+def _table(differences: tuple[int, ...], row_keys: int, tile: tuple[int, int, int]) -> tuple[int, int]:
+    """Pitches of a row and of a copy of the difference table for which a warp's loads meet least bank conflicts.
+
+    Lane l reads two neighbours (one, where rows are odd) for query l / 4 of the tile and key 2 (l % 4).
+    """
+    rows, pairs = differences[0] * differences[1], row_keys % 2 == 0
+
+    def conflicts(row: int, copy: int) -> int:
+        worst = 0
+        for half in range(2):
+            banks: dict[int, set[int]] = {}
+            for lane in range(16 * half, 16 * half + 16):
+                g = lane // 4
+                at = lane % 4 * 2 - g // (tile[1] * tile[2]) * row * differences[1]
+                at += 1024 * row - g // tile[2] % tile[1] * row - g % tile[2]
+                at += at % 2 * (copy + 1) if pairs else 0
+                for word in (at, at + 1) if pairs else (at,):
+                    banks.setdefault(word % 32, set()).add(word)
+            worst += max(len(words) for words in banks.values())
+        return worst
+
+    width = differences[2] + (differences[2] % 2 if pairs else 0)
+    choices = [
+        (row, rows * row + 4 - rows * row % 2 + pad) for row in range(width, width + 17, 2) for pad in range(0, 32, 2)
+    ]
+    return min(choices, key=lambda c: (conflicts(*c), c[1]))
+
+
 @dataclass(frozen=True)
 class Geometry:
     """How a problem is cut; per-axis entries are in the kernel's order of axes."""
@@ -190,30 +224,24 @@ class Geometry:
 
     @property
     def pitches(self) -> tuple[int, int]:
-        """Bytes of a slot of keys and of values: an odd number of 16-byte chunks, so that 8 slots miss each other."""
-        return tuple((d // 8 | 1) * 16 for d in (self.problem.head_dim, self.problem.head_dim_v))  # type: ignore[return-value]
+        """Bytes of a slot of keys and of values, as struct Rows of common/tiles.cuh has them."""
+        return _pitch(self.problem.head_dim), _pitch(self.problem.head_dim_v)
 
     @property
     def differences(self) -> tuple[int, ...]:
         return tuple(high - low + 1 for _, low, high in self.halos)
 
     @property
-    def table_row(self) -> int:
-        """Floats of a row of the difference table: rows of one tile in different halves of the banks."""
-        d = self.differences[2]
-        d += d % 2 if self.halo[2] % 2 == 0 else 0
-        return d + (16 - d) % 32 if self.tile[2] < 8 and (d % 32 < 10 or d % 32 > 22) else d
-
-    @property
-    def table(self) -> int:
-        """Floats of a difference table."""
-        return ceil(self.differences[0] * self.differences[1] * self.table_row / 4) * 4
+    def table(self) -> tuple[int, int]:
+        """Floats of a row of the difference table, and from one copy of the table to the next."""
+        return _table(self.differences, self.halo[2], self.tile)
 
     @property
     def shared_bytes(self) -> int:
-        """Spans of K, V and Q; two difference tables, twice each; a Tile for each tile."""
-        span = self.slots * sum(self.pitches) + prod(self.region) * TILE_QUERIES * max(self.pitches)
-        return self.stages * span + 16 * (self.table + 2) + TILE_BYTES * prod(self.region)
+        """Spans of K and V; two difference tables, twice each; a Tile for each tile; two tiles of Q for each warp."""
+        shared = self.stages * self.slots * sum(self.pitches)
+        tables = ceil((16 * self.table[1] + TILE_BYTES * prod(self.region)) / 128) * 128
+        return shared + tables + self.warps * 2 * TILE_QUERIES * max(self.pitches)
 
     @property
     def splits(self) -> int:
@@ -242,8 +270,8 @@ class Geometry:
         defines |= {"ELEMENT": p.dtype, "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v}
         defines |= {"THREADS": 32 * self.warps, "BLOCKS_PER_SM": self.blocks_per_sm, "CHUNK": self.chunk}
         defines |= {"RANK": p.window.rank, "STAGES": self.stages}
-        defines |= {"SLOT_ROW": self.slot_row, "SLOT_PLANE": self.slot_plane, "TABLE_ROW": self.table_row}
-        defines |= {"K_PITCH": self.pitches[0], "V_PITCH": self.pitches[1]}
+        defines |= {"SLOT_ROW": self.slot_row, "SLOT_PLANE": self.slot_plane}
+        defines |= {"TABLE_ROW": self.table[0], "TABLE_COPY": self.table[1]}
         if p.rpb_dtype is not None:
             defines["RPB"] = p.rpb_dtype
         return tuple(sorted((name, str(value)) for name, value in defines.items()))

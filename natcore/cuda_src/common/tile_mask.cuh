@@ -14,7 +14,8 @@
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
 
 constexpr bool PAIRS = HALO_2 % 2 == 0 && TABLE_ROW % 2 == 0;
-constexpr int COPIES = PAIRS ? 2 : 1, COPY = TABLE + (PAIRS ? 2 : 0);  // floats from one copy to the next
+constexpr int COPIES = PAIRS ? 2 : 1;
+constexpr int TABLES = 2 * COPIES * TABLE_COPY;  // floats
 
 // scale = query * unit: S starts from bias / unit and softmax takes exp(unit S). The unit is positive and
 // never tiny; a scale that is negative or tiny goes into the queries instead, sign or all of it.
@@ -31,7 +32,7 @@ struct ScaleParts {
 
 // The masked table, then the other one; entry (d0, d1, d2) is of the differences d_a + first_difference_of(a).
 __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rpb, const Layout& s, float factor) {
-  for (int i = threadIdx.x; i < TABLE; i += THREADS) {
+  for (int i = threadIdx.x; i < DIFFERENCES_0 * TABLE_PLANE; i += THREADS) {
     const int at[3] = {i / TABLE_PLANE, i / TABLE_ROW % DIFFERENCES_1, i % TABLE_ROW};
     bool entry = true, seen = true;
     int offset = 0;
@@ -49,8 +50,8 @@ __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rp
 #endif
 #pragma unroll
     for (int copy = 0; copy < COPIES; ++copy) {
-      tables[copy * COPY + i + copy] = seen ? bias : negative_infinity();
-      tables[(COPIES + copy) * COPY + i + copy] = bias;
+      tables[copy * TABLE_COPY + i + copy] = seen ? bias : negative_infinity();
+      tables[(COPIES + copy) * TABLE_COPY + i + copy] = bias;
     }
   }
 }
@@ -107,8 +108,8 @@ __device__ __forceinline__ int table_offset(const Tile& tile, int lane) {
 #pragma unroll
   for (int a = 0; a < 3; ++a) at[a] = tile.key[a] - tile.query[a] - first_difference_of(a) - row_axis(a, lane / 4);
   int offset = at[0] * TABLE_PLANE + at[1] * TABLE_ROW + at[2];
-  if (PAIRS) offset += (offset & 1) * (COPY + 1);
-  return offset + (tile.interior ? 0 : COPIES * COPY);
+  if (PAIRS) offset += (offset & 1) * (TABLE_COPY + 1);
+  return offset + (tile.interior ? 0 : COPIES * TABLE_COPY);
 }
 
 // The accumulators of block j. `bias` is at the tile's offset in its table; `words` of this block's keys.

@@ -7,13 +7,17 @@
 //   span     SPAN_a keys per axis: the union of the region's halos, one slot of shared memory each
 //   halo     HALO_a keys per axis: the union of one tile's windows, numbered along the rows
 //
+// Row pitches are such that the numbers of a tile's keys and their slots differ by a constant modulo 8.
+// So eight consecutive keys lie in slots that all differ modulo 8, and where in its slot a chunk of 16
+// bytes lies can be permuted by the slot such that ldmatrix meets no bank twice: `Rows` says how.
+//
 // The last tile of an axis is moved back inside the map and stores only the queries that no other tile
 // owns; a halo that would leave the map at its end is moved back too. Slots beyond the map hold zeros.
 //
 // Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, RANK, THREADS, BLOCKS_PER_SM, STAGES
 // (spans in shared memory), CHUNK (n8 blocks of scores held at once) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a,
 // REGION_a, HALO_a, SPAN_a, and the difference table's FIRST_DIFFERENCE_a and DIFFERENCES_a (key - query);
-// pitches in slots, SLOT_ROW, SLOT_PLANE, in bytes of a slot, K_PITCH, V_PITCH, and in floats, TABLE_ROW.
+// pitches in slots, SLOT_ROW, SLOT_PLANE, and in floats, TABLE_ROW, TABLE_COPY.
 #pragma once
 
 #include "common/types.cuh"
@@ -52,9 +56,24 @@ constexpr int KEYS = HALO_0 * HALO_1 * HALO_2;
 constexpr int BLOCKS = (KEYS + 7) / 8;
 constexpr int D_CHUNKS = HEAD_DIM / 8, D_STEPS = (HEAD_DIM + 15) / 16, V_TILES = HEAD_DIM_V / 8;
 constexpr int SLOTS = (SPAN_0 - 1) * SLOT_PLANE + (SPAN_1 - 1) * SLOT_ROW + SPAN_2;
-constexpr int STAGE_PITCH = K_PITCH > V_PITCH ? K_PITCH : V_PITCH;  // of a row of Q, later of O
-constexpr int SPAN = SLOTS * (K_PITCH + V_PITCH) + TILES * 16 * STAGE_PITCH;  // bytes of K, V and Q of a region
-constexpr int TABLE_PLANE = DIFFERENCES_1 * TABLE_ROW, TABLE = (DIFFERENCES_0 * TABLE_PLANE + 3) / 4 * 4;
+
+// Rows of D elements in shared memory, eight of which, at numbers that differ modulo 8, hold a chunk
+// each in different banks. Rows of 2, 4, 8, ... chunks permute them; others have an odd number of chunks.
+template <int D>
+struct Rows {
+  static constexpr int CHUNKS = D / 8;
+  static constexpr bool PERMUTED = CHUNKS > 1 && (CHUNKS & (CHUNKS - 1)) == 0;
+  static constexpr int PITCH = (PERMUTED ? CHUNKS : CHUNKS | 1) * 16;  // bytes
+  // Bytes from the row's start to its c-th chunk.
+  static __device__ __forceinline__ int chunk(int row, int c) {
+    return (PERMUTED ? c ^ (CHUNKS >= 8 ? row & 7 : row % 8 / (8 / CHUNKS)) : c) * 16;
+  }
+};
+
+constexpr int K_PITCH = Rows<HEAD_DIM>::PITCH, V_PITCH = Rows<HEAD_DIM_V>::PITCH;
+constexpr int SPAN = SLOTS * (K_PITCH + V_PITCH);                        // bytes of K and V of a region
+constexpr int STAGE = 16 * (K_PITCH > V_PITCH ? K_PITCH : V_PITCH);      // bytes of a tile of Q, later of O
+constexpr int TABLE_PLANE = DIFFERENCES_1 * TABLE_ROW;
 constexpr bool UNCLAMPED = STRIDE_0 == 1 && STRIDE_1 == 1 && STRIDE_2 == 1;  // windows that depend on differences alone
 
 static_assert(TILES <= THREADS, "each thread finds one tile");
@@ -192,10 +211,10 @@ __device__ __forceinline__ int key_offset(int first, int r) {
 
 // ---- global to shared memory, and back ----
 
-// The span of keys or values of D elements from `base`, the span's first, each into a slot of PITCH bytes.
-template <int D, int PITCH>
+// The span of keys or values of D elements from `base`, the span's first, each into its slot.
+template <int D>
 __device__ __forceinline__ void load_span(unsigned shared, const Element* base, const Layout& s, const Region& region) {
-  constexpr int CHUNKS = D / 8, ITEMS = SPAN_2 * CHUNKS;
+  constexpr int CHUNKS = D / 8, ITEMS = SPAN_2 * CHUNKS, PITCH = Rows<D>::PITCH;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int length = region.length[2] - region.key[2];
 #pragma unroll 1
@@ -203,12 +222,12 @@ __device__ __forceinline__ void load_span(unsigned shared, const Element* base, 
     const int x0 = SPAN_0 == 1 ? 0 : row / SPAN_1, x1 = row - x0 * SPAN_1;
     const bool inside = region.key[0] + x0 < region.length[0] && region.key[1] + x1 < region.length[1];
     const Element* source = base + s.offset(x0, x1, 0);
-    const unsigned target = shared + (x0 * SLOT_PLANE + x1 * SLOT_ROW) * PITCH;
+    const int slot = x0 * SLOT_PLANE + x1 * SLOT_ROW;
 #pragma unroll
     for (int first = 0; first < ITEMS; first += 32) {
       const int x2 = (first + lane) / CHUNKS, chunk = (first + lane) % CHUNKS;
       if (first + 32 <= ITEMS || first + lane < ITEMS)
-        cp_async_16(target + x2 * PITCH + chunk * 16, source + (static_cast<long long>(x2) * s.step[2] + chunk * 8),
+        cp_async_16(shared + (slot + x2) * PITCH + Rows<D>::chunk(slot + x2, chunk), source + (static_cast<long long>(x2) * s.step[2] + chunk * 8),
                     inside && x2 < length);
     }
   }
@@ -221,7 +240,7 @@ __device__ __forceinline__ void load_tile(unsigned stage, const Element* base, c
   for (int first = 0; first < 16 * D_CHUNKS; first += 32) {
     const int row = (first + lane) / D_CHUNKS, chunk = (first + lane) % D_CHUNKS;
     if (first + 32 <= 16 * D_CHUNKS || first + lane < 16 * D_CHUNKS)
-      cp_async_16(stage + row * STAGE_PITCH + chunk * 16,
+      cp_async_16(stage + row * K_PITCH + Rows<HEAD_DIM>::chunk(row, chunk),
                   base + (s.offset(row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8),
                   tile.whole || tile.inside(region, row));
   }
@@ -235,6 +254,6 @@ __device__ __forceinline__ void store_tile(Element* base, const unsigned char* s
     const int row = (first + lane) / V_TILES, chunk = (first + lane) % V_TILES;
     if ((first + 32 <= 16 * V_TILES || first + lane < 16 * V_TILES) && (tile.whole || tile.stores(region, row)))
       *reinterpret_cast<uint4*>(base + (s.offset(row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8)) =
-          *reinterpret_cast<const uint4*>(stage + row * STAGE_PITCH + chunk * 16);
+          *reinterpret_cast<const uint4*>(stage + row * V_PITCH + Rows<HEAD_DIM_V>::chunk(row, chunk));
   }
 }

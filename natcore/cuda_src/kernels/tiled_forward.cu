@@ -38,7 +38,8 @@ struct Softmax {
 __device__ __forceinline__ void load_queries(unsigned (&query)[D_STEPS][4], unsigned stage, float factor, int lane) {
 #pragma unroll
   for (int c = 0; c < D_STEPS; ++c) {
-    ldmatrix_x4(query[c], stage + lane % 16 * STAGE_PITCH + smaller(2 * c + lane / 16, D_CHUNKS - 1) * 16);
+    const int row = lane % 16, chunk = smaller(2 * c + lane / 16, D_CHUNKS - 1);
+    ldmatrix_x4(query[c], stage + row * K_PITCH + Rows<HEAD_DIM>::chunk(row, chunk));
     if (factor != 1.f) {
 #pragma unroll
       for (unsigned& pair : query[c]) pair = pack<Element>(factor * low<Element>(pair), factor * high<Element>(pair));
@@ -49,7 +50,7 @@ __device__ __forceinline__ void load_queries(unsigned (&query)[D_STEPS][4], unsi
 // S of COUNT blocks, from block FIRST on.
 template <bool INTERIOR, int FIRST, int COUNT>
 __device__ __forceinline__ void score(float (&s)[COUNT][4], const unsigned (&query)[D_STEPS][4], unsigned keys,
-                                      const TileMask& mask, const float* bias, int lane) {
+                                      int slot, const TileMask& mask, const float* bias, int lane) {
   unsigned words[2];
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ void score(float (&s)[COUNT][4], const unsigned (&que
 #pragma unroll
     for (int c = 0; c < D_STEPS; c += 2) {
       unsigned key[4];
-      ldmatrix_x4(key, row + smaller(2 * c + lane / 8, D_CHUNKS - 1) * 16);
+      ldmatrix_x4(key, row + Rows<HEAD_DIM>::chunk(slot + lane % 8, smaller(2 * c + lane / 8, D_CHUNKS - 1)));
 #pragma unroll
       for (int i = c; i < c + 2; ++i) {
         if (2 * i + 1 < D_CHUNKS) {
@@ -111,7 +112,7 @@ __device__ __forceinline__ void soften(Softmax& softmax, float (&s)[COUNT][4], f
 
 // O += P V for the keys of CHUNK blocks.
 template <int FIRST, int COUNT>
-__device__ __forceinline__ void weigh(float (&out)[V_TILES][4], const float (&p)[COUNT][4], unsigned values, int lane) {
+__device__ __forceinline__ void weigh(float (&out)[V_TILES][4], const float (&p)[COUNT][4], unsigned values, int slot, int lane) {
 #pragma unroll
   for (int j = 0; j < COUNT; j += 2) {
     const unsigned a0 = pack<Element>(p[j][0], p[j][1]), a1 = pack<Element>(p[j][2], p[j][3]);
@@ -122,7 +123,7 @@ __device__ __forceinline__ void weigh(float (&out)[V_TILES][4], const float (&p)
 #pragma unroll
       for (int n = 0; n < V_TILES; n += 2) {
         unsigned r[4];
-        ldmatrix_x4_transposed(r, row + smaller(n + lane / 16, V_TILES - 1) * 16);
+        ldmatrix_x4_transposed(r, row + Rows<HEAD_DIM_V>::chunk(slot + lane % 8, smaller(n + lane / 16, V_TILES - 1)));
         Mma<Element>::m16n8k16(out[n], a0, a1, a2, a3, r[0], r[1], out[n]);
         if (n + 1 < V_TILES) Mma<Element>::m16n8k16(out[n + 1], a0, a1, a2, a3, r[2], r[3], out[n + 1]);
       }
@@ -131,7 +132,7 @@ __device__ __forceinline__ void weigh(float (&out)[V_TILES][4], const float (&p)
 #pragma unroll
       for (int n = 0; n < V_TILES; n += 4) {
         unsigned r[4];
-        ldmatrix_x4_transposed(r, row + smaller(n + lane / 8, V_TILES - 1) * 16);
+        ldmatrix_x4_transposed(r, row + Rows<HEAD_DIM_V>::chunk(slot + lane % 8, smaller(n + lane / 8, V_TILES - 1)));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (n + i < V_TILES) Mma<Element>::m16n8k8(out[n + i], a0, a1, r[i], out[n + i]);
@@ -143,15 +144,15 @@ __device__ __forceinline__ void weigh(float (&out)[V_TILES][4], const float (&p)
 // All chunks of a tile from FIRST on.
 template <bool INTERIOR, int FIRST>
 __device__ __forceinline__ void attend(Softmax& softmax, float (&out)[V_TILES][4], const unsigned (&query)[D_STEPS][4],
-                                       unsigned keys, unsigned values, const TileMask& mask, const float* bias,
-                                       float unit, int lane) {
+                                       unsigned keys, unsigned values, int slot, const TileMask& mask,
+                                       const float* bias, float unit, int lane) {
   if constexpr (FIRST < BLOCKS) {
     constexpr int COUNT = FIRST + CHUNK <= BLOCKS ? CHUNK : BLOCKS - FIRST;
     float s[COUNT][4];
-    score<INTERIOR, FIRST>(s, query, keys, mask, bias, lane);
+    score<INTERIOR, FIRST>(s, query, keys, slot, mask, bias, lane);
     soften(softmax, s, out, unit, FIRST == 0);
-    weigh<FIRST>(out, s, values, lane);
-    attend<INTERIOR, FIRST + COUNT>(softmax, out, query, keys, values, mask, bias, unit, lane);
+    weigh<FIRST>(out, s, values, slot, lane);
+    attend<INTERIOR, FIRST + COUNT>(softmax, out, query, keys, values, slot, mask, bias, unit, lane);
   }
 }
 
@@ -165,10 +166,10 @@ __device__ __forceinline__ void finish(unsigned char* stage, Softmax& softmax, c
     sum += __shfl_xor_sync(~0u, sum, 2);
     const float inverse = rcp_approx(sum);
     softmax.sum[h] = (softmax.top[h] * unit + lg2_approx(sum)) * LN_2;
-    unsigned char* row = stage + (lane / 4 + 8 * h) * STAGE_PITCH + lane % 4 * 4;
+    unsigned char* row = stage + (lane / 4 + 8 * h) * V_PITCH + lane % 4 * 4;
 #pragma unroll
     for (int n = 0; n < V_TILES; ++n)
-      *reinterpret_cast<unsigned*>(row + 16 * n) =
+      *reinterpret_cast<unsigned*>(row + Rows<HEAD_DIM_V>::chunk(lane / 4, n)) =
           pack<Element>(out[n][2 * h] * inverse, out[n][2 * h + 1] * inverse);
   }
 }
@@ -179,8 +180,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                   const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
   float* tables = reinterpret_cast<float*>(shared + STAGES * SPAN);
-  Tile* tiles = reinterpret_cast<Tile*>(tables + 2 * COPIES * COPY);
+  Tile* tiles = reinterpret_cast<Tile*>(tables + TABLES);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  unsigned char* stages = shared + STAGES * SPAN + (TABLES * sizeof(float) + TILES * sizeof(Tile) + 127) / 128 * 128 +
+                          warp * 2 * STAGE;  // one for the tile at hand, one for the next one's Q
   const Region region(params.sizes, blockIdx.x);
   const ScaleParts parts(scale);
 
@@ -190,77 +193,78 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   out = region.base(out, params.out, region.head);
   if (lse != nullptr) lse = region.base(lse, params.lse, region.head);
 
-  const auto load_keys = [&](int round, unsigned span) {
-    const long long batch = static_cast<long long>(round) * params.sizes.splits;
-    load_span<HEAD_DIM, K_PITCH>(span, k + batch * params.k.batch, params.k, region);
-    load_span<HEAD_DIM_V, V_PITCH>(span + SLOTS * K_PITCH, v + batch * params.v.batch, params.v, region);
+  const auto follows = [&](int round) {  // whether there is another batch entry
+    return region.split + (round + 1) * params.sizes.splits < params.sizes.batch;
   };
-  const auto load_queries_of = [&](int round, unsigned span) {
-    const Element* base = q + static_cast<long long>(round) * params.sizes.splits * params.q.batch;
-    for (int index = warp; index < TILES; index += THREADS / 32) {
+  const auto entry = [&](int round) { return static_cast<long long>(round) * params.sizes.splits; };
+  const auto load_keys = [&](int round) {
+    const unsigned span = shared_address(shared) + (STAGES == 2 ? round % 2 * SPAN : 0);
+    load_span<HEAD_DIM>(span, k + entry(round) * params.k.batch, params.k, region);
+    load_span<HEAD_DIM_V>(span + SLOTS * K_PITCH, v + entry(round) * params.v.batch, params.v, region);
+    cp_async_commit();
+  };
+  const auto load_next = [&](int round, int index, unsigned stage) {  // Q of this tile, if there is one
+    if (index < TILES && tiles[index].exists) {
       const Tile& tile = tiles[index];
-      if (tile.exists)
-        load_tile(span + SLOTS * (K_PITCH + V_PITCH) + index * 16 * STAGE_PITCH,
-                  base + params.q.offset(tile.query[0], tile.query[1], tile.query[2]), params.q, region, tile, lane);
+      load_tile(stage, q + (entry(round) * params.q.batch + params.q.offset(tile.query[0], tile.query[1], tile.query[2])),
+                params.q, region, tile, lane);
     }
     cp_async_commit();
   };
 
-  const auto follows = [&](int round) {  // whether there is another batch entry
-    return region.split + (round + 1) * params.sizes.splits < params.sizes.batch;
-  };
-  load_keys(0, shared_address(shared));
+  load_keys(0);
   if (threadIdx.x < TILES) tiles[threadIdx.x] = Tile(region, threadIdx.x);
   fill_tables(tables, rpb + static_cast<long long>(region.head) * params.rpb.head, params.rpb, parts.bias);
   __syncthreads();
-  load_queries_of(0, shared_address(shared));
 
+  int parity = 0;
 #pragma unroll 1
   for (int round = 0;; ++round) {
-    unsigned char* span = shared + (STAGES == 2 ? round % 2 * SPAN : 0);
+    load_next(round, warp, shared_address(stages + parity * STAGE));
     if (STAGES == 2 && follows(round)) {
-      const unsigned other = shared_address(shared) + (round + 1) % 2 * SPAN;
-      load_keys(round + 1, other);
-      load_queries_of(round + 1, other);
+      load_keys(round + 1);
       cp_async_wait<1>();
     } else {
       cp_async_wait<0>();
     }
     __syncthreads();  // this round's span is there
-    const unsigned keys = shared_address(span), values = keys + SLOTS * K_PITCH;
-    const long long batch = static_cast<long long>(round) * params.sizes.splits;
+    const unsigned keys = shared_address(shared) + (STAGES == 2 ? round % 2 * SPAN : 0), values = keys + SLOTS * K_PITCH;
 #pragma unroll 1
     for (int index = warp; index < TILES; index += THREADS / 32) {
       const Tile& tile = tiles[index];
-      if (!tile.exists) continue;
-      unsigned char* stage = span + SLOTS * (K_PITCH + V_PITCH) + index * 16 * STAGE_PITCH;
+      unsigned char* stage = stages + parity * STAGE;
+      parity ^= 1;
+      if (index != warp) cp_async_wait<0>();
+      __syncwarp();
       unsigned query[D_STEPS][4];
       load_queries(query, shared_address(stage), parts.query, lane);
+      load_next(round, index + THREADS / 32, shared_address(stages + parity * STAGE));
+      if (!tile.exists) continue;
       const float* bias = tables + table_offset(tile, lane);
-      const unsigned its_keys = keys + tile.slot * K_PITCH, its_values = values + tile.slot * V_PITCH;
+      const int slot = tile.slot;
+      const unsigned its_keys = keys + slot * K_PITCH, its_values = values + slot * V_PITCH;
       Softmax softmax;
       float o[V_TILES][4] = {};
       if (UNCLAMPED && tile.interior) {
-        attend<true, 0>(softmax, o, query, its_keys, its_values, TileMask(), bias, parts.unit, lane);
+        attend<true, 0>(softmax, o, query, its_keys, its_values, slot, TileMask(), bias, parts.unit, lane);
       } else {
-        attend<false, 0>(softmax, o, query, its_keys, its_values, TileMask(region, tile, lane), bias, parts.unit, lane);
+        attend<false, 0>(softmax, o, query, its_keys, its_values, slot, TileMask(region, tile, lane), bias, parts.unit,
+                         lane);
       }
       __syncwarp();  // the queries have been read
       finish(stage, softmax, o, parts.unit, lane);
       __syncwarp();
       const int x0 = tile.query[0], x1 = tile.query[1], x2 = tile.query[2];
-      store_tile(out + (batch * params.out.batch + params.out.offset(x0, x1, x2)), stage, params.out, region, tile, lane);
+      store_tile(out + (entry(round) * params.out.batch + params.out.offset(x0, x1, x2)), stage, params.out, region, tile,
+                 lane);
       const int row = lane / 4 + lane % 4 * 8;
       if (lse != nullptr && lane % 4 < 2 && (tile.whole || tile.stores(region, row)))
-        lse[batch * params.lse.batch +
+        lse[entry(round) * params.lse.batch +
             params.lse.offset(x0 + row_axis(0, row), x1 + row_axis(1, row), x2 + row_axis(2, row))] =
             lane % 4 == 0 ? softmax.sum[0] : softmax.sum[1];
     }
     if (!follows(round)) return;
     __syncthreads();  // this round's span has been read
-    if (STAGES == 1) {
-      load_keys(round + 1, shared_address(shared));
-      load_queries_of(round + 1, shared_address(shared));
-    }
+    if (STAGES == 1) load_keys(round + 1);
   }
 }
