@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -35,18 +34,16 @@ def load(path: FilePath, *, dtype: Any = None, rngs: nnx.Rngs | None = None) -> 
     Raises ValueError, listing every mismatch, for a file that is truncated, altered or of another kind.
     """
     config, _, arrays = checkpoints.read(path)
-    key = (nnx.Rngs(0) if rngs is None else rngs).dropout()
-
-    @jax.jit  # initial parameters, which are not returned, are never computed
-    def skeleton(key: jax.Array) -> tuple[Any, Any]:
-        graph, _, rest = nnx.split(NAT(config, dtype=dtype, rngs=nnx.Rngs(key)), nnx.Param, ...)
-        return graph, rest
-
-    graph, rest = skeleton(key)
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    abstract = nnx.eval_shape(lambda: NAT(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, _, rest = nnx.split(abstract, nnx.Param, ...)
     parameters = [
         (_place(name, array.ndim), nnx.Param(jnp.asarray(_from_torch(array)))) for name, array in arrays.items()
     ]
     model = nnx.merge(graph, nnx.from_flat_state(parameters), rest)
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Dropout) and module.rate:
+            module.rngs = rngs.dropout.fork()  # it was abstract
     model.eval()
     return model
 

@@ -100,9 +100,9 @@ def test_command_buffers_change_nothing(tmp_path):
         assert len(on.files) == 20
         for name in on.files:
             np.testing.assert_allclose(on[name], off[name], rtol=1e-5, atol=1e-5, err_msg=name)
-    thunks = "".join(path.read_text(errors="replace") for path in dump.rglob("*thunk_sequence*"))
-    if thunks:
-        assert "kCommandBuffer" in thunks, "no command buffer was made"
+    (thunks,) = dump.glob("*jit_chain.thunk_sequence_after_thunk_passes.txt")
+    text = thunks.read_text()
+    assert "commandbuffer" in text.lower().replace("_", ""), text
 
 
 def test_many_threads_with_streams_of_their_own():
@@ -201,11 +201,17 @@ def test_logits_equal_torch(name, tmp_path):
         agree(forward(loaded, x), wanted)
 
 
-def test_a_training_step_in_bfloat16_is_finite():
-    model = jax_nat.create_model("nat_mini", num_classes=10, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 224, 224, 3)), jnp.bfloat16)
+def test_a_training_step_in_bfloat16():
+    pytest.importorskip("torch")
+    from tests.jax.test_models import SMALL, agree, images
+
+    exact, mixed = (nnx.jit(lambda d=d: jax_nat.NAT(SMALL, dtype=d, rngs=nnx.Rngs(0)))() for d in (None, jnp.bfloat16))
     loss = nnx.jit(nnx.value_and_grad(lambda m, x: jnp.mean(m(x).astype(jnp.float32) ** 2)))
-    value, gradients = loss(model, x)
-    assert np.isfinite(float(value))
-    for place, gradient in nnx.to_flat_state(gradients):
-        assert bool(jnp.isfinite(gradient[...]).all()), place
+    x = images((64, 64), batch=4)
+    (value, gradients), (wanted, wanted_gradients) = loss(mixed, x), loss(exact, x)
+    agree(value, wanted, 0.1)
+    for (place, gradient), (_, exact_gradient) in zip(
+        nnx.to_flat_state(gradients), nnx.to_flat_state(wanted_gradients), strict=True
+    ):
+        if "rpb" in place:
+            agree(gradient[...], exact_gradient[...], 0.1)
