@@ -56,14 +56,14 @@ def model_input(images: np.ndarray) -> np.ndarray:
 
 
 def batch(digits: Digits, size: int, step: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Shifted images, ready for the model, and labels of one training step.
+    """Warped images, ready for the model, and labels of one training step.
 
     A pure function of the step: a run that goes on from step n sees what an uninterrupted one sees.
     """
     epoch, position = divmod(step, steps_per_epoch(digits, size))
     order = np.random.default_rng((seed, epoch)).permutation(len(digits.labels))
     chosen = order[position * size : (position + 1) * size]
-    images = _shifted(digits.images[chosen], np.random.default_rng((seed, epoch, position)))
+    images = _warped(digits.images[chosen], np.random.default_rng((seed, epoch, position)))
     return model_input(images), digits.labels[chosen]
 
 
@@ -74,9 +74,18 @@ def steps_per_epoch(digits: Digits, size: int) -> int:
     return len(digits.labels) // size
 
 
-def _shifted(images: np.ndarray, rng: np.random.Generator, reach: int = 2) -> np.ndarray:
-    """Each image moved by up to ``reach`` pixels on both axes; black comes in at the border."""
-    padded = np.pad(images, ((0, 0), (reach, reach), (reach, reach)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[1:], axis=(1, 2))
-    rows, columns = rng.integers(0, 2 * reach + 1, (2, len(images)))
-    return windows[np.arange(len(images)), rows, columns]
+def _warped(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Each image turned, scaled, sheared and shifted a little, by bilinear interpolation; the outside is black."""
+    count, side = images.shape[:2]
+    matrix = np.eye(2) + rng.uniform(-0.2, 0.2, (count, 2, 2))
+    shift = rng.uniform(-2, 2, (count, 2, 1))
+    centred = np.indices((side, side)).reshape(2, -1) - (side - 1) / 2
+    padded = np.pad(images, ((0, 0), (1, 2), (1, 2)))
+    source = np.clip(matrix @ centred + shift + (side + 1) / 2, 0, side + 1)  # where in padded each pixel comes from
+    corner = source.astype(int)
+    y, x = np.moveaxis(source - corner, 1, 0)
+    top, left = np.moveaxis(corner, 1, 0)
+    which = np.arange(count)[:, None]
+    upper = (1 - x) * padded[which, top, left] + x * padded[which, top, left + 1]
+    lower = (1 - x) * padded[which, top + 1, left] + x * padded[which, top + 1, left + 1]
+    return ((1 - y) * upper + y * lower).astype(np.float32).reshape(images.shape)

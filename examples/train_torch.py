@@ -33,6 +33,9 @@ class Trainer:
         self.steps = options.epochs * self.steps_per_epoch
         torch.manual_seed(options.seed)
         self.model = torch_nat.NAT(digits.CONFIG).to(self.device)
+        for module in self.model.modules():  # the published std of 0.02 is meant for layers many times wider
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, weight_decay=0.05)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._warmup_then_cosine)
         self.step = 0
@@ -145,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="the folder for what is written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=4000, help="how many digits to train on")
