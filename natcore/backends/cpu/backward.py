@@ -19,20 +19,22 @@ from numba import njit
 from natcore.backends.cpu.bias import bias_block, forget_blocks, gradient_block, hand_in_all
 from natcore.backends.cpu.geometry import LANES
 from natcore.backends.cpu.memory import (
-    add_keys, array, box_keys, is_query, lanes_to_rows, load_keys, load_queries, rows_to_lanes, store_plane,
-    store_queries,
+    add_rows, address_list, array, box_keys, is_query, lanes_to_rows, list_keys, load_keys, load_queries,
+    rows_to_lanes, store_plane, store_queries,
 )  # fmt: skip
-from natcore.backends.cpu.simd import exp, load, outlined, pointer_to, shifted, store
+from natcore.backends.cpu.products import BLOCK, add_to_keys
+from natcore.backends.cpu.simd import address_of, exp, load, outlined, pointer_to, shifted, store
 from natcore.backends.cpu.tables import (
-    ADDRESS, AT_BIAS_SUMS, BATCH, CHUNK, CLEAR, D_LSE, D_OUT, D_OUT_LANES, D_OUT_ROWS, D_SCORES, DK, DQ, DRPB, DV,
-    EXTRA, EXTRA_K, EXTRA_V, FINISH, FIRST_BATCH, GRADIENT, GROUP, HEAD, HEAD_DIM, HEAD_DIM_V, HEADS_PER_TILE,
-    KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES, Q_ROWS, ROW_BUFFER, SCORES, STATE, SUM_EXTRA_K,
-    SUM_EXTRA_V, SUM_K, SUM_V, TILE_COUNT, VALUE_ROWS, K, Q, V,
+    ADDRESS, AT_BIAS_SUMS, BATCH, CHUNK, CLEAR, D_LSE, D_OUT, D_OUT_LANES, D_OUT_ROWS, D_SCORES, DIRECT_K,
+    DIRECT_SUM_K, DIRECT_SUM_V, DIRECT_V, DK, DQ, DRPB, DV, EXTRA, EXTRA_K, EXTRA_V, FINISH, FIRST_BATCH, GROUP,
+    HEAD, HEAD_DIM, HEAD_DIM_V, HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES,
+    Q_ROWS, ROW_BUFFER, SCORES, STATE, SUM_EXTRA_K, SUM_EXTRA_V, SUM_K, SUM_LIST, SUM_ROWS, SUM_V, TILE_COUNT,
+    VALUE_LIST, VALUE_ROWS, K, Q, V,
 )  # fmt: skip
-from natcore.backends.cpu.tile import fill, multiply, scale_all, set_place, work_of
+from natcore.backends.cpu.tile import add_values, fill, scale_all, scores_of, set_place, work_of
 
-#: Rows of STATE: the LSE, d_lse - delta, zeros.
-FROM_LSE, SHIFT, ZERO = 0, LANES, 2 * LANES
+#: Rows of STATE: the LSE, d_lse - delta.
+FROM_LSE, SHIFT = 0, LANES
 
 
 @njit(error_model="numpy")
@@ -40,13 +42,17 @@ def load_tile(w, pitch, pitch_v, scale):
     """Everything about the queries: q and d_out as rows and as lanes, the LSE and d_lse - delta."""
     outlined()
     d, dv, state = w.sizes[HEAD_DIM], w.sizes[HEAD_DIM_V], array(w, STATE)
-    rows, d_rows, d_lanes, out = array(w, ROW_BUFFER), array(w, D_OUT_ROWS), array(w, D_OUT_LANES), array(w, OUT_LANES)
+    rows, d_rows, d_lanes, out = (
+        array(w, ROW_BUFFER),
+        array(w, D_OUT_ROWS),
+        array(w, D_OUT_LANES),
+        array(w, OUT_LANES),
+    )
     load_queries(w, array(w, Q_ROWS), pitch, d, Q)
     scale_all(array(w, Q_ROWS), pitch * LANES, scale)
     rows_to_lanes(array(w, Q_LANES), array(w, Q_ROWS), pitch)
     load_queries(w, state, 1, 1, LSE)
     fill(shifted(state, SHIFT), LANES, 0)
-    fill(shifted(state, ZERO), LANES, 0)
     if w.operands[D_LSE + ADDRESS]:
         load_queries(w, shifted(state, SHIFT), 1, 1, D_LSE)
     load_queries(w, d_rows, pitch_v, dv, D_OUT)
@@ -82,13 +88,30 @@ def add_all(to, source, count):
 
 
 @njit(error_model="numpy")
-def keys_gradient(w, weights, rows, pitch, width, keys, which, which_extra, first):
-    """Adds weights [keys, 16] @ rows [16, width] to the sums of keys from ``first`` on."""
-    if w.operands[which + ADDRESS] or w.operands[which_extra + ADDRESS]:
-        gradient, zeros = array(w, GRADIENT), shifted(array(w, STATE), ZERO)
+def add_to_sums(sums, weights, rows, pitch, number):
+    """Each listed row of ``sums`` += weights [number, 16] @ rows [16, pitch], ``number`` rounded up to BLOCK."""
+    outlined()
+    for key in range(0, number, BLOCK):
         for i in range(0, pitch, LANES):
-            multiply(shifted(gradient, i), pitch, zeros, 0, shifted(rows, i), pitch, weights, LANES, 1, keys, LANES)
-        add_keys(w, gradient, pitch, width, which, which_extra, first, first + keys)
+            add_to_keys(shifted(sums, key), i, shifted(weights, key * LANES), shifted(rows, i), pitch)
+
+
+@njit(error_model="numpy")
+def keys_gradient(w, direct, weights, rows, pitch, width, which, which_extra, first, last):
+    """Adds weights [keys, 16] @ rows [16, width] to the sums of keys [first, last)."""
+    number, sums = last - first, address_list(w, SUM_LIST)
+    padded, own_rows = -(-number // BLOCK) * BLOCK, array(w, SUM_ROWS)
+    if direct:
+        list_keys(w, sums, which, which_extra, first, last)
+        for i in range(number, padded):
+            sums[i] = address_of(own_rows, 0)  # of no weight
+        add_to_sums(sums, weights, rows, pitch, number)
+    elif w.operands[which + ADDRESS] or w.operands[which_extra + ADDRESS]:
+        fill(own_rows, padded * pitch, 0)
+        for i in range(padded):
+            sums[i] = address_of(own_rows, i * pitch)
+        add_to_sums(sums, weights, rows, pitch, number)
+        add_rows(w, own_rows, pitch, width, which, which_extra, first, last)
 
 
 @njit(error_model="numpy")
@@ -97,24 +120,24 @@ def backward_tile(w, bias_sums, scale):
     pitch, pitch_v = -(-d // LANES) * LANES, -(-dv // LANES) * LANES
     load_tile(w, pitch, pitch_v, scale)
     p, d_scores, state, dq = array(w, SCORES), array(w, D_SCORES), array(w, STATE), array(w, OUT_LANES)
-    key_rows, value_rows = array(w, KEY_ROWS), array(w, VALUE_ROWS)
+    key_rows, value_rows, shift = array(w, KEY_ROWS), array(w, VALUE_ROWS), shifted(state, SHIFT)
     fill(dq, pitch * LANES, 0)
     total = box_keys(w) + w.sizes[EXTRA]
     for first in range(0, total, chunk):
         last = min(first + chunk, total)
-        keys = last - first
+        number = last - first
         d_bias = gradient_block(w, bias_sums, first, last) if w.operands[DRPB + ADDRESS] else p
-        start, shift = bias_block(w, first, last), shifted(state, SHIFT)
-        load_keys(w, key_rows, pitch, d, K, EXTRA_K, first, last)
-        load_keys(w, value_rows, pitch_v, dv, V, EXTRA_V, first, last)
-        multiply(p, LANES, start, LANES, array(w, Q_LANES), LANES, key_rows, pitch, 1, keys, d)
-        multiply(d_scores, LANES, shift, 0, array(w, D_OUT_LANES), LANES, value_rows, pitch_v, 1, keys, dv)
-        differentiate(p, d_scores, keys, state)
+        start = bias_block(w, first, last)
+        keys = load_keys(w, KEY_LIST, w.sizes[DIRECT_K], key_rows, pitch, d, K, EXTRA_K, first, last)
+        values = load_keys(w, VALUE_LIST, w.sizes[DIRECT_V], value_rows, pitch_v, dv, V, EXTRA_V, first, last)
+        scores_of(p, start, LANES, array(w, Q_LANES), keys, number, d)
+        scores_of(d_scores, shift, 0, array(w, D_OUT_LANES), values, number, dv)
+        differentiate(p, d_scores, -(-number // BLOCK) * BLOCK, state)
         if w.operands[DRPB + ADDRESS]:
-            add_all(d_bias, d_scores, keys * LANES)
-        multiply(dq, LANES, dq, LANES, d_scores, LANES, key_rows, 1, pitch, d, keys)
-        keys_gradient(w, d_scores, array(w, Q_ROWS), pitch, d, keys, SUM_K, SUM_EXTRA_K, first)
-        keys_gradient(w, p, array(w, D_OUT_ROWS), pitch_v, dv, keys, SUM_V, SUM_EXTRA_V, first)
+            add_all(d_bias, d_scores, number * LANES)
+        add_values(dq, d_scores, keys, number, d)
+        keys_gradient(w, w.sizes[DIRECT_SUM_K], d_scores, array(w, Q_ROWS), pitch, d, SUM_K, SUM_EXTRA_K, first, last)
+        keys_gradient(w, w.sizes[DIRECT_SUM_V], p, array(w, D_OUT_ROWS), pitch_v, dv, SUM_V, SUM_EXTRA_V, first, last)
     if w.operands[DQ + ADDRESS]:
         scale_all(dq, pitch * LANES, scale)
         lanes_to_rows(array(w, ROW_BUFFER), dq, pitch)

@@ -13,11 +13,12 @@ from numba import njit
 
 from natcore.backends.cpu.geometry import COUNT, END, ENTRY, LANES, START
 from natcore.backends.cpu.memory import array, box_keys, load_rows, of_axis
-from natcore.backends.cpu.simd import BLOCK, inside, load, outlined, shifted, splat, store
+from natcore.backends.cpu.products import BLOCK
+from natcore.backends.cpu.simd import inside, load, outlined, shifted, splat, store
 from natcore.backends.cpu.tables import (
-    ADDRESS, BIAS, BOUNDS, CHUNK, CHUNKS, CLASSES, D_BIAS, ENTRIES, GROUP, HEAD, HEADS_PER_TILE, KIND, LANE_HEAD,
-    OWNER, PLACE_CLASS, PLACE_HEAD, PLACE_HEADS, PLACE_T, PLACE_X, PLACE_Y, RECORD, RECORD_COUNT, RECORD_FIRST,
-    RECORD_KEYS_X, RECORD_KEYS_Y, RPB, SLOTS, TABLE, TABLE_T, TABLE_X, TABLE_Y, T, X, Y,
+    ADDRESS, BIAS, BOUNDS, CHUNK, CHUNKS, CLASSES, D_BIAS, ENTRIES, GROUP, HEAD, HEADS_PER_TILE, KIND,
+    LANE_ADDRESS, LANE_HEAD, OWNER, PLACE_CLASS, PLACE_HEAD, PLACE_HEADS, PLACE_T, PLACE_X, PLACE_Y, RECORD,
+    RECORD_COUNT, RECORD_FIRST, RECORD_KEYS_X, RECORD_KEYS_Y, RPB, SLOTS, TABLE, TABLE_T, TABLE_X, TABLE_Y, T, Y,
 )  # fmt: skip
 
 #: The score of a key outside the window: e ** MASKED is 0, yet it can be added and subtracted.
@@ -34,13 +35,14 @@ def forget_blocks(w):
 def load_table(w):
     """The bias tables of a tile's heads, [head, t, y, x]."""
     row = 0
-    kind, step, table_x = w.operands[RPB + KIND], w.operands[RPB + X], w.sizes[TABLE_X]
+    kind, line, table_x = w.operands[RPB + KIND], shifted(w.integers, LANE_ADDRESS), w.sizes[TABLE_X]
     for head in range(min(w.sizes[HEADS_PER_TILE], w.integers[PLACE_HEADS])):
         for t in range(w.sizes[TABLE_T]):
             address = w.operands[RPB + ADDRESS] + (w.integers[PLACE_HEAD] + head) * w.operands[RPB + HEAD]
             address += t * w.operands[RPB + T]
             for _ in range(w.sizes[TABLE_Y]):
-                load_rows(shifted(array(w, TABLE), row * table_x), table_x, kind, address, step, 1, table_x)
+                w.integers[LANE_ADDRESS] = address
+                load_rows(shifted(array(w, TABLE), row * table_x), table_x, kind, line, 1, table_x)
                 address += w.operands[RPB + Y]
                 row += 1
 
@@ -58,12 +60,12 @@ def table_entries(w):
 @njit(error_model="numpy")
 def make_block(w, block, first, last):
     """block = MASKED, or else the bias (0 without a table), for keys [first, last) of a tile."""
-    bounds, table, entries = array(w, BOUNDS), array(w, TABLE), shifted(w.integers, ENTRIES)
+    bounds, table, entries = (array(w, BOUNDS), array(w, TABLE), shifted(w.integers, ENTRIES))
     for lane in range(LANES):  # [start, end) per axis, as vectors
         for axis in range(3):
             bounds[2 * axis * LANES + lane] = of_axis(w, PLACE_T + axis, START + lane)
             bounds[(2 * axis + 1) * LANES + lane] = of_axis(w, PLACE_T + axis, END + lane)
-    keys_y, keys_x, box = of_axis(w, PLACE_Y, COUNT), of_axis(w, PLACE_X, COUNT), box_keys(w)
+    keys_y, keys_x, box = (of_axis(w, PLACE_Y, COUNT), of_axis(w, PLACE_X, COUNT), box_keys(w))
     zero, masked = splat(block, 0.0), splat(block, MASKED)
     for key in range(first, last):
         here = shifted(block, (key - first) * LANES)
@@ -127,8 +129,8 @@ def gradient_block(w, sums, first, last):
         table = w.sizes[TABLE_T] * w.sizes[TABLE_Y] * w.sizes[TABLE_X]
         for lane in range(LANES):
             record[lane] = w.integers[ENTRIES + lane] + w.integers[PLACE_HEAD] % w.sizes[GROUP] * table
-        record[RECORD_KEYS_Y], record[RECORD_KEYS_X] = of_axis(w, PLACE_Y, COUNT), of_axis(w, PLACE_X, COUNT)
-        record[RECORD_FIRST], record[RECORD_COUNT] = first, min(last, box_keys(w)) - first
+        record[RECORD_KEYS_Y], record[RECORD_KEYS_X] = (of_axis(w, PLACE_Y, COUNT), of_axis(w, PLACE_X, COUNT))
+        record[RECORD_FIRST], record[RECORD_COUNT] = (first, min(last, box_keys(w)) - first)
         for i in range(0, (last - first) * LANES, LANES):
             store(block, i, splat(block, 0.0))
     return block
@@ -144,7 +146,7 @@ def hand_in(w, sums, slot):
     bias, gradient = shifted(array(w, BIAS), at), shifted(array(w, D_BIAS), at)
     for i in range(record[RECORD_COUNT]):
         line = (record[RECORD_FIRST] + i) // record[RECORD_KEYS_X]
-        x, t = record[RECORD_FIRST] + i - line * record[RECORD_KEYS_X], line // record[RECORD_KEYS_Y]
+        x, t = (record[RECORD_FIRST] + i - line * record[RECORD_KEYS_X], line // record[RECORD_KEYS_Y])
         shift = (t * w.sizes[TABLE_Y] + line - t * record[RECORD_KEYS_Y]) * w.sizes[TABLE_X] + x
         for lane in range(LANES):
             if bias[i * LANES + lane] > MASKED / 2:

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from natcore.backends.cpu import compiled
-from natcore.backends.cpu.geometry import Geometry, geometry
+from natcore.backends.cpu.convert import ITEM_BYTES, KINDS
+from natcore.backends.cpu.geometry import LANES, Geometry, geometry
+from natcore.backends.cpu.products import BLOCK
 from natcore.backends.cpu.sharing import Task, share
-from natcore.backends.cpu.simd import BLOCK, ITEM_BYTES, KINDS, LANES
 from natcore.backends.cpu.tables import (
     ADDRESS, AT_AXIS_TILES, AT_BIAS_SUMS, AT_INTEGERS, AT_LAYOUT, AT_OPERANDS, AT_SCRATCH, AT_SIZES, AT_TILES, BATCH,
-    COLUMNS, KV, OWNER, RECORD, ROWS, SCRATCH, SIZES, SLOTS, TASK,
+    CHUNK, COLUMNS, KV, LISTS, OWNER, RECORD, ROWS, SCRATCH, SIZES, SLOTS, TASK,
 )  # fmt: skip
 from natcore.backends.cpu.threads import run_all
-from natcore.problem import Call, Problem
+from natcore.problem import Call
 
 #: Elements of the keys and values of a chunk: what should stay in the first-level cache.
 _CHUNK_ELEMENTS = 1 << 14
@@ -44,7 +45,7 @@ class Executable:
         self.operands = _operand_table(call)
         self.rows = [ROWS.index(name) for name in call.operands]
         self.geometry = geometry(problem.window, problem.spatial, problem.heads // problem.heads_kv, problem.extra)
-        self.sizes = _sizes(problem, self.geometry)
+        self.sizes = _sizes(call, self.geometry)
         self.scratch_lengths = _scratch_lengths(self.sizes, call.direction == "backward")
         self.sharing = share(self.geometry, problem.batch, problem.heads_kv, call.direction == "backward")
         self.kernel = compiled.kernel(call.direction, self.dtype.name)
@@ -73,9 +74,12 @@ class Worker:
     """What one thread needs to run tasks: the tables, and scratch of its own."""
 
     def __init__(self, executable: Executable, operands: np.ndarray, scale: float, sums: Sequence[np.ndarray] = ()):
-        slots = int(executable.sizes[SLOTS])
-        integers = np.empty(OWNER + slots + 1 + slots * RECORD, np.int64)
-        layout = np.cumsum([0, *executable.scratch_lengths[:-1]])
+        slots, chunk = (int(executable.sizes[entry]) for entry in (SLOTS, CHUNK))
+        lists = OWNER + slots + 1 + slots * RECORD
+        integers = np.empty(lists + len(LISTS) * chunk, np.int64)
+        layout = np.cumsum([0, *executable.scratch_lengths])
+        layout[-1:] = lists
+        layout = np.append(layout, lists + chunk * np.arange(1, len(LISTS)))
         scratch = _scratch(sum(executable.scratch_lengths) * executable.dtype.itemsize)
         self.table = np.zeros(len(TASK), np.int64)
         self.arrays = {  # kept alive: the table only knows their addresses
@@ -95,7 +99,7 @@ class Worker:
     def run(self, task: Task, bias_sums: int) -> None:
         tiles = task.tiles
         self.table[AT_TILES], self.table[AT_BIAS_SUMS] = tiles.ctypes.data, bias_sums
-        numbers = task.kv, task.first_batch, task.last_batch, len(tiles), task.slab, task.clear, task.finish
+        numbers = (task.kv, task.first_batch, task.last_batch, len(tiles), task.slab, task.clear, task.finish)
         self.table[KV:] = numbers
         self.kernel(*self.arguments)
 
@@ -132,10 +136,19 @@ def _operand_table(call: Call) -> np.ndarray:
     return table
 
 
-def _sizes(problem: Problem, tiles: Geometry) -> np.ndarray:
+def _sizes(call: Call, tiles: Geometry) -> np.ndarray:
     """The table of sizes (see tables.SIZES)."""
+    problem = call.problem
+    given = {name for name, strides in zip(call.operands, call.strides, strict=True) if strides is not None}
     group = problem.heads // problem.heads_kv
-    extents, kernel = (1,) * (3 - problem.window.rank) + problem.spatial, problem.window.kernel_size
+    exact = problem.dtype in ("float32", "float64")
+    direct = [exact and width % BLOCK == 0 for width in (problem.head_dim, problem.head_dim_v)]
+    for width, name, extra in (
+        (problem.head_dim, "dk", "d_additional_keys"),
+        (problem.head_dim_v, "dv", "d_additional_values"),
+    ):
+        direct.append(width % LANES == 0 and name in given and (extra in given or not problem.extra))
+    extents, kernel = ((1,) * (3 - problem.window.rank) + problem.spatial, problem.window.kernel_size)
     table = (1,) * (3 - problem.window.rank) + (problem.window.rpb_shape if problem.rpb_dtype else (1,) * len(kernel))
     keys = tiles.box_keys + problem.extra
     per_key = padded(problem.head_dim) + padded(problem.head_dim_v)
@@ -149,6 +162,7 @@ def _sizes(problem: Problem, tiles: Geometry) -> np.ndarray:
         *extents,
         *table,
         *(tiles.classes, chunk, chunks, slots),
+        *direct,
     )
     return np.array([*numbers, *tiles.lane_heads], np.int64)
 
@@ -156,7 +170,7 @@ def _sizes(problem: Problem, tiles: Geometry) -> np.ndarray:
 def _scratch_lengths(sizes: np.ndarray, backward: bool) -> list[int]:
     """Elements of each scratch array (see tables.SCRATCH)."""
     names = dict(zip(SIZES, (int(n) for n in sizes), strict=False))
-    pitch, pitch_v, chunk = padded(names["head_dim"]), padded(names["head_dim_v"]), names["chunk"]
+    pitch, pitch_v, chunk = (padded(names["head_dim"]), padded(names["head_dim_v"]), names["chunk"])
     wide, bias = max(pitch, pitch_v), names["slots"] * chunk * LANES
     tables = names["heads_per_tile"] * names["table_t"] * names["table_y"] * names["table_x"]
     lengths = {
@@ -177,7 +191,7 @@ def _scratch_lengths(sizes: np.ndarray, backward: bool) -> list[int]:
             "d_out_rows": LANES * pitch_v,
             "d_out_lanes": LANES * pitch_v,
             "d_scores": chunk * LANES,
-            "gradient": chunk * wide,
+            "sum_rows": chunk * wide,
             "d_bias": bias,
         }
     return [lengths.get(name, 0) for name in SCRATCH]

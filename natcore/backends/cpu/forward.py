@@ -12,8 +12,6 @@ softmax: Milakov and Gimelshein, 2018).
 # ruff: noqa: I001  (the lists of table entries stay dense)
 from __future__ import annotations
 
-import math
-
 from numba import njit
 
 from natcore.backends.cpu.bias import MASKED, bias_block, forget_blocks
@@ -21,12 +19,13 @@ from natcore.backends.cpu.geometry import LANES
 from natcore.backends.cpu.memory import (
     array, box_keys, lanes_to_rows, load_keys, load_queries, rows_to_lanes, store_queries,
 )  # fmt: skip
-from natcore.backends.cpu.simd import exp, load, maximum, outlined, pointer_to, shifted, store
+from natcore.backends.cpu.simd import exp, load, log, maximum, outlined, pointer_to, shifted, splat, store
 from natcore.backends.cpu.tables import (
-    ADDRESS, CHUNK, EXTRA, EXTRA_K, EXTRA_V, FIRST_BATCH, GROUP, HEAD_DIM, HEAD_DIM_V, HEADS_PER_TILE, KEY_ROWS, KV,
-    LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES, ROW_BUFFER, SCORES, STATE, TILE_COUNT, K, Q, V,
+    ADDRESS, CHUNK, DIRECT_K, DIRECT_V, EXTRA, EXTRA_K, EXTRA_V, FIRST_BATCH, GROUP, HEAD_DIM, HEAD_DIM_V,
+    HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES, ROW_BUFFER, SCORES, STATE,
+    TILE_COUNT, VALUE_LIST, K, Q, V,
 )  # fmt: skip
-from natcore.backends.cpu.tile import fill, multiply, scale_all, set_place, work_of
+from natcore.backends.cpu.tile import add_values, fill, scale_all, scores_of, set_place, work_of
 
 
 @njit(error_model="numpy")
@@ -51,11 +50,11 @@ def online_softmax(scores, keys, out, count, state):
 @njit(error_model="numpy")
 def finish(out, count, state):
     """Divides by the sums; state [0, 16] becomes the logarithm of what they stand for."""
-    for lane in range(LANES):
-        state[lane] += math.log(state[LANES + lane])
-        state[LANES + lane] = 1 / state[LANES + lane]
+    total = load(state, LANES)
+    store(state, 0, load(state, 0) + log(total))
+    factor = splat(state, 1.0) / total
     for i in range(0, count * LANES, LANES):
-        store(out, i, load(out, i) * load(state, LANES))
+        store(out, i, load(out, i) * factor)
 
 
 @njit(error_model="numpy")
@@ -70,14 +69,16 @@ def forward_tile(w, scale):
     fill(out, pitch_v * LANES, 0)
     fill(state, LANES, MASKED)
     fill(shifted(state, LANES), LANES, 0)
-    keys = box_keys(w) + w.sizes[EXTRA]
-    for first in range(0, keys, chunk):
-        last = min(first + chunk, keys)
-        load_keys(w, key_rows, pitch, d, K, EXTRA_K, first, last)
-        multiply(scores, LANES, bias_block(w, first, last), LANES, q_lanes, LANES, key_rows, pitch, 1, last - first, d)
-        online_softmax(scores, last - first, out, dv, state)
-        load_keys(w, key_rows, pitch_v, dv, V, EXTRA_V, first, last)
-        multiply(out, LANES, out, LANES, scores, LANES, key_rows, 1, pitch_v, dv, last - first)
+    total = box_keys(w) + w.sizes[EXTRA]
+    for first in range(0, total, chunk):
+        last = min(first + chunk, total)
+        number = last - first
+        start = bias_block(w, first, last)
+        keys = load_keys(w, KEY_LIST, w.sizes[DIRECT_K], key_rows, pitch, d, K, EXTRA_K, first, last)
+        scores_of(scores, start, LANES, q_lanes, keys, number, d)
+        online_softmax(scores, number, out, dv, state)
+        values = load_keys(w, VALUE_LIST, w.sizes[DIRECT_V], key_rows, pitch_v, dv, V, EXTRA_V, first, last)
+        add_values(out, scores, values, number, dv)
     finish(out, dv, state)
     if w.operands[OUT + ADDRESS]:
         lanes_to_rows(rows, out, pitch_v)

@@ -14,8 +14,8 @@ from math import ceil, prod
 import numpy as np
 
 from natcore.backends.cpu import compiled
+from natcore.backends.cpu.convert import KINDS
 from natcore.backends.cpu.executable import Executable, Worker
-from natcore.backends.cpu.simd import KINDS
 from natcore.backends.cpu.tables import ROWS
 from natcore.backends.cpu.threads import worker_count
 from natcore.problem import Call
@@ -39,7 +39,7 @@ class BackwardExecutable(Executable):
         self.table_shape = (1,) * (3 - problem.window.rank) + problem.window.rpb_shape
 
     def __call__(self, pointers: Sequence[int], scale: float, stream: int = 0, workspace: int = 0) -> None:
-        problem, operands, slabs = self.problem, self.operands_at(pointers), len(self.sharing.slabs)
+        problem, operands, slabs = (self.problem, self.operands_at(pointers), len(self.sharing.slabs))
         for name, sums in _PLANES.items():
             operands[ROWS.index(sums)] = operands[ROWS.index(name)]
         extra = {}

@@ -1,4 +1,4 @@
-"""Between the caller's memory and scratch: rows in, rows out, rows added.
+"""Between the caller's memory and scratch: addresses of rows, rows in, rows out, rows added.
 
 Scratch has the dtype of the arithmetic; a row in it is padded with zeros to its pitch, a multiple
 of 16, so that whole vectors can be used.
@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from numba import njit
 
+from natcore.backends.cpu.convert import read, write
 from natcore.backends.cpu.geometry import COUNT, FIRST, LANES, POSITION, VALID
-from natcore.backends.cpu.simd import BLOCK, load, outlined, pointer_to, read, shifted, store, transpose, write
+from natcore.backends.cpu.products import BLOCK, transpose
+from natcore.backends.cpu.simd import address_of, load, outlined, pointer_to, shifted, store
 from natcore.backends.cpu.tables import (
-    ADDRESS, BATCH, COLUMNS, DILATION_T, DILATION_X, DILATION_Y, EXTENT_T, EXTENT_X, EXTENT_Y, HEAD, KIND, LANE_HEAD,
-    PLACE_BATCH, PLACE_HEAD, PLACE_HEADS, PLACE_KV, PLACE_SLAB, PLACE_T, PLACE_X, PLACE_Y, RUN, T, X, Y,
+    ADDRESS, BATCH, COLUMNS, DILATION_T, DILATION_X, DILATION_Y, EXTENT_T, EXTENT_X, EXTENT_Y, HEAD, KIND,
+    LANE_ADDRESS, LANE_HEAD, PLACE_BATCH, PLACE_HEAD, PLACE_HEADS, PLACE_KV, PLACE_SLAB, PLACE_T, PLACE_X, PLACE_Y,
+    SUM_LIST, T, X, Y,
 )  # fmt: skip
 
 
@@ -24,17 +27,23 @@ def array(w, name):
 
 
 @njit(error_model="numpy")
+def address_list(w, name):
+    """One of the lists of addresses (see tables.LISTS)."""
+    return shifted(w.integers, w.layout[name])
+
+
+@njit(error_model="numpy")
 def of_axis(w, axis, column):
     """An entry of the tile's row of axis tiles; ``axis`` is PLACE_T, PLACE_Y or PLACE_X."""
     return w.axis_tiles[w.integers[axis] + column]
 
 
 @njit(error_model="numpy")
-def load_rows(to, pitch, kind, address, step, rows, count):
-    """``rows`` rows of ``count`` elements, ``step`` bytes apart in memory, ``pitch`` elements apart in scratch."""
+def load_rows(to, pitch, kind, addresses, rows, count):
+    """``rows`` rows of ``count`` elements from a list of addresses, ``pitch`` elements apart in scratch."""
     outlined()
     for row in range(rows):
-        line = shifted(to, row * pitch)
+        line, address = shifted(to, row * pitch), addresses[row]
         i = 0
         while i + LANES <= count:
             read(line, address, i, kind, LANES)
@@ -45,12 +54,11 @@ def load_rows(to, pitch, kind, address, step, rows, count):
         while i < pitch:
             line[i] = 0
             i += 1
-        address += step
 
 
 @njit(error_model="numpy")
 def store_rows(kind, address, step, source, pitch, rows, count):
-    """The way back of `load_rows`, rounding to the dtype of the memory."""
+    """Rows of scratch to memory, ``step`` bytes apart, rounded to the dtype of the memory."""
     outlined()
     for row in range(rows):
         line = shifted(source, row * pitch)
@@ -65,31 +73,29 @@ def store_rows(kind, address, step, source, pitch, rows, count):
 
 
 @njit(error_model="numpy")
-def add_rows(to, step, source, pitch, rows, count):
-    """Adds rows to rows ``step`` elements apart."""
+def lane_addresses(w, which):
+    """Where each lane's query has its row (or its LSE) in an operand. Lanes with no query share a neighbour's."""
     outlined()
-    for row in range(rows):
-        i = 0
-        while i + LANES <= count:
-            store(to, row * step + i, load(to, row * step + i) + load(source, row * pitch + i))
-            i += LANES
-        while i < count:
-            to[row * step + i] += source[row * pitch + i]
-            i += 1
-
-
-@njit(error_model="numpy")
-def lane_address(w, which, lane):
-    """Where a lane's query has its row (or its LSE) in an operand. Lanes with no query share a neighbour's."""
-    head = w.integers[PLACE_HEAD] + min(w.sizes[LANE_HEAD + lane], w.integers[PLACE_HEADS] - 1)
-    return (
-        w.operands[which + ADDRESS]
-        + w.integers[PLACE_BATCH] * w.operands[which + BATCH]
-        + of_axis(w, PLACE_T, POSITION + lane) * w.operands[which + T]
-        + of_axis(w, PLACE_Y, POSITION + lane) * w.operands[which + Y]
-        + of_axis(w, PLACE_X, POSITION + lane) * w.operands[which + X]
-        + head * w.operands[which + HEAD]
+    operand, addresses, heads = (
+        shifted(w.operands, which),
+        shifted(w.integers, LANE_ADDRESS),
+        shifted(w.sizes, LANE_HEAD),
     )
+    t = shifted(w.axis_tiles, w.integers[PLACE_T] + POSITION)
+    y = shifted(w.axis_tiles, w.integers[PLACE_Y] + POSITION)
+    x = shifted(w.axis_tiles, w.integers[PLACE_X] + POSITION)
+    base = operand[ADDRESS] + w.integers[PLACE_BATCH] * operand[BATCH] + w.integers[PLACE_HEAD] * operand[HEAD]
+    step_t, step_y, step_x, step_head, last = (
+        operand[T],
+        operand[Y],
+        operand[X],
+        operand[HEAD],
+        w.integers[PLACE_HEADS] - 1,
+    )
+    for lane in range(LANES):
+        place = base + t[lane] * step_t + y[lane] * step_y + x[lane] * step_x
+        addresses[lane] = place + min(heads[lane], last) * step_head
+    return addresses
 
 
 @njit(error_model="numpy")
@@ -102,20 +108,17 @@ def is_query(w, lane):
 @njit(error_model="numpy")
 def load_queries(w, to, pitch, count, which):
     """One row of an operand per lane, to[lane, pitch]."""
-    outlined()
-    for lane in range(LANES):
-        address = lane_address(w, which, lane)
-        load_rows(shifted(to, lane * pitch), pitch, w.operands[which + KIND], address, 0, 1, count)
+    load_rows(to, pitch, w.operands[which + KIND], lane_addresses(w, which), LANES, count)
 
 
 @njit(error_model="numpy")
 def store_queries(w, source, pitch, count, which):
     """One row per lane that has a query, from source[lane, pitch]."""
     outlined()
+    addresses = lane_addresses(w, which)
     for lane in range(LANES):
         if is_query(w, lane):
-            address = lane_address(w, which, lane)
-            store_rows(w.operands[which + KIND], address, 0, shifted(source, lane * pitch), pitch, 1, count)
+            store_rows(w.operands[which + KIND], addresses[lane], 0, shifted(source, lane * pitch), pitch, 1, count)
 
 
 @njit(error_model="numpy")
@@ -141,57 +144,65 @@ def box_keys(w):
 
 
 @njit(error_model="numpy")
-def next_run(w, key, last, which, which_extra):
-    """Finds the keys from ``key`` on that lie on one line of memory, and notes them under RUN.
-
-    A tile's keys are those of its box in row-major order, then the additional ones.
-    """
+def list_keys(w, to, which, which_extra, first, last):
+    """Addresses of keys (or values, or sums) [first, last): the box in row-major order, then the additional ones."""
     outlined()
+    operand = shifted(w.operands, which)
+    step_t, step_y = w.sizes[DILATION_T] * operand[T], w.sizes[DILATION_Y] * operand[Y]
+    step_x = w.sizes[DILATION_X] * operand[X]
     keys_y, keys_x, box = of_axis(w, PLACE_Y, COUNT), of_axis(w, PLACE_X, COUNT), box_keys(w)
-    operand = shifted(w.operands, which if key < box else which_extra)
-    base = operand[ADDRESS] + w.integers[PLACE_BATCH] * operand[BATCH] + w.integers[PLACE_KV] * operand[HEAD]
-    run = shifted(w.integers, RUN)
-    run[3] = operand[KIND]
-    if key >= box:
-        base += w.integers[PLACE_SLAB] * operand[T]
-        run[0], run[1], run[2] = base + (key - box) * operand[X], operand[X], last - key
-        return
-    line = key // keys_x
-    t = line // keys_y
-    at_t = of_axis(w, PLACE_T, FIRST) + t * w.sizes[DILATION_T]
-    at_y = of_axis(w, PLACE_Y, FIRST) + (line - t * keys_y) * w.sizes[DILATION_Y]
-    at_x = of_axis(w, PLACE_X, FIRST) + (key - line * keys_x) * w.sizes[DILATION_X]
-    run[0] = base + at_t * operand[T] + at_y * operand[Y] + at_x * operand[X]
-    run[1] = w.sizes[DILATION_X] * operand[X]
-    run[2] = min(min((line + 1) * keys_x, last), box) - key
-
-
-@njit(error_model="numpy")
-def load_keys(w, to, pitch, count, which, which_extra, first, last):
-    """Keys (or values) [first, last) of a tile as rows, and zeros up to a multiple of BLOCK rows."""
-    outlined()
-    run = shifted(w.integers, RUN)
+    line = operand[ADDRESS] + w.integers[PLACE_BATCH] * operand[BATCH] + w.integers[PLACE_KV] * operand[HEAD]
+    line += of_axis(w, PLACE_T, FIRST) * operand[T]
+    line += of_axis(w, PLACE_Y, FIRST) * operand[Y] + of_axis(w, PLACE_X, FIRST) * operand[X]
+    x, y = first % keys_x, first // keys_x % keys_y
+    line += first // (keys_x * keys_y) * step_t + y * step_y
     key = first
+    while key < min(last, box):
+        run = min(keys_x - x, min(last, box) - key)
+        for i in range(run):
+            to[key - first + i] = line + (x + i) * step_x
+        key, x, y, line = key + run, 0, y + 1, line + step_y
+        if y == keys_y:
+            y, line = 0, line + step_t - keys_y * step_y
+    operand = shifted(w.operands, which_extra)
+    base = operand[ADDRESS] + w.integers[PLACE_BATCH] * operand[BATCH] + w.integers[PLACE_KV] * operand[HEAD]
+    base += w.integers[PLACE_SLAB] * operand[T]
     while key < last:
-        next_run(w, key, last, which, which_extra)
-        load_rows(shifted(to, (key - first) * pitch), pitch, run[3], run[0], run[1], run[2], count)
-        key += run[2]
-    for i in range((last - first) * pitch, -(-(last - first) // BLOCK) * BLOCK * pitch):
-        to[i] = 0
+        to[key - first] = base + (key - box) * operand[X]
+        key += 1
 
 
 @njit(error_model="numpy")
-def add_keys(w, source, pitch, count, which, which_extra, first, last):
-    """Adds rows to the sums of keys (or values) [first, last) of a tile, where there are such sums."""
+def load_keys(w, list_name, direct, rows, pitch, count, which, which_extra, first, last):
+    """The list of keys (or values) [first, last), rounded up to BLOCK; of copies in scratch unless ``direct``."""
     outlined()
-    run = shifted(w.integers, RUN)
-    key, box = first, box_keys(w)
-    while key < last:
-        next_run(w, key, last, which, which_extra)
+    addresses, keys = address_list(w, list_name), last - first
+    list_keys(w, addresses, which, which_extra, first, last)
+    if not direct:
+        load_rows(rows, pitch, w.operands[which + KIND], addresses, keys, count)
+        for i in range(keys):
+            addresses[i] = address_of(rows, i * pitch)
+    for i in range(keys, -(-keys // BLOCK) * BLOCK):
+        addresses[i] = addresses[keys - 1]  # of no weight, but something must be there
+    return addresses
+
+
+@njit(error_model="numpy")
+def add_rows(w, source, pitch, count, which, which_extra, first, last):
+    """Adds rows of scratch to the sums of keys [first, last), where there are such sums."""
+    outlined()
+    addresses, box = address_list(w, SUM_LIST), box_keys(w)
+    list_keys(w, addresses, which, which_extra, first, last)
+    for key in range(first, last):
         if w.operands[(which if key < box else which_extra) + ADDRESS]:
-            to, step = pointer_to(run[0], source[0]), run[1] // (8 >> run[3])  # code 0 is float64, 1 is float32
-            add_rows(to, step, shifted(source, (key - first) * pitch), pitch, run[2], count)
-        key += run[2]
+            to, row = pointer_to(addresses[key - first], source[0]), shifted(source, (key - first) * pitch)
+            i = 0
+            while i + LANES <= count:
+                store(to, i, load(to, i) + load(row, i))
+                i += LANES
+            while i < count:
+                to[i] += row[i]
+                i += 1
 
 
 @njit(error_model="numpy")

@@ -18,7 +18,7 @@ ROWS = (
 #: Additional keys run along X; T of their sums is the slab.
 COLUMNS = 7
 ADDRESS, KIND, BATCH, T, Y, X, HEAD = range(COLUMNS)
-Q, K, V, RPB, EXTRA_K, EXTRA_V, OUT, LSE, D_OUT, D_LSE, DQ, DK, DV, DRPB, D_EXTRA_K, D_EXTRA_V = (
+(Q, K, V, RPB, EXTRA_K, EXTRA_V, OUT, LSE, D_OUT, D_LSE, DQ, DK, DV, DRPB, D_EXTRA_K, D_EXTRA_V) = (
     COLUMNS * row for row in range(16)
 )
 SUM_K, SUM_V, SUM_EXTRA_K, SUM_EXTRA_V = (COLUMNS * row for row in range(16, 20))
@@ -30,9 +30,12 @@ SIZES = (
     *("extent_t", "extent_y", "extent_x"),
     *("table_t", "table_y", "table_x"),  # one head's bias table
     *("classes", "chunk", "chunks", "slots"),  # keys worked on at once; most chunks of a tile; bias blocks kept
+    *("direct_k", "direct_v"),  # whether keys (values) can be read where they are
+    *("direct_sum_k", "direct_sum_v"),  # whether products can be added to sums where they are
 )
 (HEAD_DIM, HEAD_DIM_V, EXTRA, GROUP, HEADS_PER_TILE, DILATION_T, DILATION_Y, DILATION_X, EXTENT_T, EXTENT_Y, EXTENT_X,
- TABLE_T, TABLE_Y, TABLE_X, CLASSES, CHUNK, CHUNKS, SLOTS, LANE_HEAD) = range(len(SIZES) + 1)  # fmt: skip
+ TABLE_T, TABLE_Y, TABLE_X, CLASSES, CHUNK, CHUNKS, SLOTS, DIRECT_K, DIRECT_V, DIRECT_SUM_K, DIRECT_SUM_V,
+ LANE_HEAD) = range(len(SIZES) + 1)  # fmt: skip
 
 #: A piece of work: addresses of the tables, then what part of the problem it is.
 TASK = (
@@ -43,21 +46,24 @@ TASK = (
  KV, FIRST_BATCH, LAST_BATCH, TILE_COUNT, SLAB, CLEAR, FINISH) = range(len(TASK))  # fmt: skip
 
 #: Integers that a worker keeps: the tile at hand (batch entry, kv head, first head and how many
-#: there are from there on in the group, rows of the axis tiles as offsets, class, slab), a run of
-#: keys (address, stride, number, dtype code), the bias table's entry per lane, the owner of each
-#: slot for a bias block and of the loaded tables; then, per slot, a record of what its gradient is of.
+#: there are from there on in the group, rows of the axis tiles as offsets, class, slab); an address
+#: and the bias table's entry per lane; the owner of each slot for a bias block and of the loaded
+#: tables; then, per slot, a record of what its gradient is of; then addresses of keys.
 (PLACE_BATCH, PLACE_KV, PLACE_HEAD, PLACE_HEADS, PLACE_T, PLACE_Y, PLACE_X, PLACE_CLASS, PLACE_SLAB) = range(9)
-RUN, ENTRIES, OWNER = 12, 16, 32
+LANE_ADDRESS, ENTRIES, OWNER = 16, 32, 48
 #: A record: entry per lane, keys of the box along y and x, the first key and the number of keys.
 RECORD_KEYS_Y, RECORD_KEYS_X, RECORD_FIRST, RECORD_COUNT, RECORD = 16, 17, 18, 19, 20
 
-#: Scratch of a worker in the dtype of the arithmetic; the layout table has the offset of each.
+#: Scratch of a worker in the dtype of the arithmetic; the layout table has the offset of each, and
+#: then those of the lists of addresses among the integers.
 SCRATCH = (
-    *("rows", "q_lanes", "key_rows", "scores", "bias", "bounds", "table", "out_lanes", "state"),
-    *("q_rows", "value_rows", "d_out_rows", "d_out_lanes", "d_scores", "gradient", "d_bias"),
+    *("rows", "q_lanes", "key_rows", "value_rows", "scores", "bias", "bounds", "table", "out_lanes", "state"),
+    *("q_rows", "d_out_rows", "d_out_lanes", "d_scores", "sum_rows", "d_bias"),
 )
-(ROW_BUFFER, Q_LANES, KEY_ROWS, SCORES, BIAS, BOUNDS, TABLE, OUT_LANES, STATE,
- Q_ROWS, VALUE_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, GRADIENT, D_BIAS) = range(len(SCRATCH))  # fmt: skip
+LISTS = ("keys", "values", "sums")
+(ROW_BUFFER, Q_LANES, KEY_ROWS, VALUE_ROWS, SCORES, BIAS, BOUNDS, TABLE, OUT_LANES, STATE,
+ Q_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, SUM_ROWS, D_BIAS) = range(len(SCRATCH))  # fmt: skip
+KEY_LIST, VALUE_LIST, SUM_LIST = range(len(SCRATCH), len(SCRATCH) + len(LISTS))
 
 
 class Work(NamedTuple):

@@ -7,7 +7,8 @@ import numpy as np
 from numba import njit
 
 from natcore.backends.cpu.geometry import AXIS_COLUMNS, LANES
-from natcore.backends.cpu.simd import BLOCK, load, multiply_block, outlined, pointer_to, shifted, splat, store
+from natcore.backends.cpu.products import BLOCK, add_weighted, multiply_keys
+from natcore.backends.cpu.simd import load, outlined, pointer_to, shifted, splat, store
 from natcore.backends.cpu.tables import (
     AT_AXIS_TILES, AT_INTEGERS, AT_LAYOUT, AT_OPERANDS, AT_SCRATCH, AT_SIZES, AT_TILES, GROUP, PLACE_BATCH,
     PLACE_CLASS, PLACE_HEAD, PLACE_HEADS, PLACE_KV, PLACE_SLAB, PLACE_T, SLAB, Work,
@@ -43,12 +44,20 @@ def set_place(w, task, i, batch, kv, head):
 
 
 @njit(error_model="numpy")
-def multiply(c, ldc, start, lds, a, lda, b, row, column, rows, terms):
-    """c[i, lane] = start[i, lane] + sum over j of b[i, j] * a[j, lane]; ``rows`` is rounded up to BLOCK."""
+def scores_of(scores, start, stride, lanes, keys, number, count):
+    """scores [number, 16] = start + keys @ lanes [count, 16]; ``number`` is rounded up to BLOCK."""
     outlined()
-    for i in range(0, rows, BLOCK):
-        from_row, to = shifted(start, i * lds), shifted(c, i * ldc)
-        multiply_block(to, ldc, from_row, lds, a, lda, shifted(b, i * row), row, column, terms)
+    for i in range(0, number, BLOCK):
+        from_row, to = shifted(start, i * stride), shifted(scores, i * LANES)
+        multiply_keys(to, from_row, stride, lanes, shifted(keys, i), count)
+
+
+@njit(error_model="numpy")
+def add_values(out, weights, values, number, count):
+    """out [count, 16] += values.T @ weights [number, 16]; ``count`` is rounded up to BLOCK."""
+    outlined()
+    for i in range(0, count, BLOCK):
+        add_weighted(shifted(out, i * LANES), weights, values, i, number)
 
 
 @njit(error_model="numpy")
