@@ -137,7 +137,7 @@ def cache_key(spec: KernelSpec) -> str:
 def _nvrtc():
     """cuda.bindings' nvrtc module, its library loaded. Raises CudaError, naming the extra, without one."""
     try:
-        from cuda.bindings import nvrtc
+        from cuda.bindings import nvrtc  # pyright: ignore[reportAttributeAccessIssue]
 
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError, OSError) as error:  # the library is looked for on first use

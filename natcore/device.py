@@ -25,7 +25,7 @@ _MAX_GRID = (2**31 - 1, 65535, 65535)
 def driver() -> ModuleType:
     """cuda.bindings' driver module, initialised. Raises CudaError where there is no driver or no GPU."""
     try:
-        from cuda.bindings import driver as module
+        from cuda.bindings import driver as module  # pyright: ignore[reportAttributeAccessIssue]
 
         (error,) = module.cuInit(0)
     except (ImportError, RuntimeError, OSError) as cause:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 
 from natcore.backends import prepare
 from natcore.backends.cuda import facts, load_plan
@@ -27,6 +27,7 @@ from tests.cases import CASES, Case, check, inputs, numpy_dtype, random_case
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
 
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 GENERAL = Config("general")
 MORE = [
     Case("wide_table", (45,), 20, rpb="float32", head_dim=16, head_dim_v=16),
@@ -46,7 +47,7 @@ RANDOM_BUILDS = (("float16", 32, 32), ("float32", 24, 8), ("bfloat16", 5, 3))
 class Array:
     """Device memory with guards, and a view into it."""
 
-    memory: torch.Tensor  # bytes, 0xFF (NaN in every float type) wherever nothing was written
+    memory: Any  # torch tensor of bytes, 0xFF (NaN in every float type) wherever nothing was written
     view: View
     elements: np.ndarray  # where each element lies, in bytes from the start of memory
 
@@ -102,7 +103,7 @@ def upload(case: Case, dtype: str, layout: str = "contiguous", seed: int = 0) ->
     kinds = {n: x.dtype.name for n, x in host.items()}
     device = {n: array(x.shape, kinds[n], x, layout) for n, x in host.items()}
     problem = problem_of(case.window, {n: a.view for n, a in device.items() if not n.startswith("d_")})
-    names = [n for direction in RESULTS for n in RESULTS[direction] if problem.has(n)]
+    names = [n for direction in DIRECTIONS for n in RESULTS[direction] if problem.has(n)]
     device |= {n: array(problem.shapes[n], problem.dtype_of(n), None, layout) for n in names}
     return host, device
 
@@ -123,7 +124,7 @@ def specs_of(case: Case, dtype: str) -> set[KernelSpec]:
     views = {n: View(0, shape, contiguous_strides(shape), kind, CUDA) for n, (shape, kind) in kinds.items()}
     problem = problem_of(case.window, {n: v for n, v in views.items() if not n.startswith("d_")})
     specs = set()
-    for direction in RESULTS:
+    for direction in DIRECTIONS:
         strides = (contiguous_strides(problem.shapes[n]) if problem.has(n) else None for n in OPERANDS[direction])
         plan = plan_for(Call(direction, problem, tuple(strides)), facts(0), GENERAL)
         specs |= {launch.kernel for launch in plan.launches}
@@ -175,11 +176,9 @@ def compiled_for_random() -> None:
 def test_random_problems(build: tuple[str, int, int]):
     dtype, head_dim, head_dim_v = build
 
-    @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     @given(case=random_case())
     def judge(case: Case) -> None:
-        # delta = d_out . out takes out as rounded, which the few values of a tiny map do not hide.
-        assume(dtype == "float32" or prod(case.spatial) >= 16)
         rpb = "float32" if case.rpb else None
         everything(replace(case, head_dim=head_dim, head_dim_v=head_dim_v, rpb=rpb), dtype, GENERAL)
 
@@ -216,16 +215,17 @@ def test_repeats_are_bitwise_equal():
     host, device = upload(case, "float16")
     views = {n: a.view for n, a in device.items()}
     problem = problem_of(case.window, {n: v for n, v in views.items() if not n.startswith("d_")})
-    runs = {d: prepare(call_of(d, problem, {n: views.get(n) for n in OPERANDS[d]}), CUDA, GENERAL) for d in OPERANDS}
+    runs = {d: prepare(call_of(d, problem, {n: views.get(n) for n in OPERANDS[d]}), CUDA, GENERAL) for d in DIRECTIONS}
     workspace = torch.empty(runs["backward"].workspace_bytes, dtype=torch.uint8, device="cuda")
     stream = torch.cuda.current_stream().cuda_stream
     results = {n: device[n].memory for n in device if n not in host}
-    first: dict[str, torch.Tensor] = {}
+    first: dict[str, Any] = {}
     for _ in range(200):
         for tensor in (*results.values(), workspace):
             tensor.fill_(0xFF)
         for direction, executable in runs.items():
-            executable([views[n].ptr for n in OPERANDS[direction]], 0.2, stream, workspace.data_ptr())
+            pointers = [views[n].ptr if n in views else 0 for n in OPERANDS[direction]]
+            executable(pointers, 0.2, stream, workspace.data_ptr())
         first = first or {n: tensor.clone() for n, tensor in results.items()}
         assert all(torch.equal(tensor, first[n]) for n, tensor in results.items())
 
@@ -259,7 +259,7 @@ def test_threads_share_an_executable():
     views = {n: a.view for n, a in sets[0][1].items()}
     executables = {
         d: prepare(call_of(d, problem_of(case.window, views), {n: views.get(n) for n in OPERANDS[d]}), CUDA, GENERAL)
-        for d in OPERANDS
+        for d in DIRECTIONS
     }
     sizes = executables["backward"].workspace_bytes
     workspaces = [torch.full((sizes,), 0xFF, dtype=torch.uint8, device="cuda") for _ in sets]
@@ -317,7 +317,7 @@ def test_more_than_2_31_elements(heads: int, head_dim: int):
             n: View(t.data_ptr(), tuple(t.shape), tuple(t.stride()), str(t.dtype)[6:], CUDA) for n, t in tensors.items()
         }
         problem = problem_of(replace(case, spatial=tensors["q"].shape[1:2]).window, {n: views[n] for n in "qkv"})
-        for direction in OPERANDS:
+        for direction in DIRECTIONS:
             executable = prepare(
                 call_of(direction, problem, {n: views.get(n) for n in OPERANDS[direction]}), CUDA, GENERAL
             )

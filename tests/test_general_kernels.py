@@ -5,20 +5,22 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from natcore.planning import Config, facts_for_arch, plan_for
-from natcore.problem import OPERANDS, RESULTS, call_of, problem_of
+from natcore.problem import OPERANDS, RESULTS, Direction, call_of, problem_of
 from natcore.reference import neighborhood
 from natcore.views import Device, View
 from tests import host
 from tests.cases import CASES, Case, check, inputs, numpy_dtype, random_case
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 FACTS = facts_for_arch("sm_90a")
 WIDE_TABLE = Case("wide_table", (45,), 20, rpb="float32")
 SOME = [c for c in CASES if c.name in ("nat_packed", "gqa", "additional_keys", "odd_head_dim")]
@@ -33,14 +35,14 @@ def view(x: np.ndarray) -> View:
     return View(x.ctypes.data, x.shape, tuple(s // x.itemsize for s in x.strides), x.dtype.name, Device("cpu"))
 
 
-def plan_of(direction: str, case: Case, arrays: dict[str, np.ndarray], config: Config = host.CONFIG):
+def plan_of(direction: Direction, case: Case, arrays: dict[str, np.ndarray], config: Config = host.CONFIG):
     """The problem, call and plan on these arrays; absent operands have no entry."""
     views = {name: view(x) for name, x in arrays.items() if name in OPERANDS[direction]}
-    call = call_of(direction, problem_of(case.window, views), views)  # type: ignore[arg-type]
+    call = call_of(direction, problem_of(case.window, views), views)
     return plan_for(call, FACTS, config)
 
 
-def run(direction: str, case: Case, arrays: dict[str, np.ndarray], folder: Path) -> None:
+def run(direction: Direction, case: Case, arrays: dict[str, np.ndarray], folder: Path) -> None:
     """Runs a plan; results are arrays among the operands. The workspace starts as NaN."""
     plan = plan_of(direction, case, arrays)
     workspace = host.aligned_bytes(plan.workspace_bytes)
@@ -70,8 +72,8 @@ def everything(case: Case, dtype: str, folder: Path, strided: bool = False) -> N
     problem = problem_of(case.window, {n: view(arrays[n]) for n in arrays if not n.startswith("d_")})
     results = {
         name: poisoned(problem.shapes[name], numpy_dtype(problem.dtype_of(name)), strided)
-        for direction in RESULTS
-        for name in RESULTS[direction]  # type: ignore[index]
+        for direction in DIRECTIONS
+        for name in RESULTS[direction]
         if problem.has(name)
     }
     arrays |= results
@@ -89,10 +91,10 @@ def compiled(folder: Path) -> Path:
     ]:
         arrays = inputs(case, dtype)
         problem = problem_of(case.window, {n: view(arrays[n]) for n in arrays if not n.startswith("d_")})
-        for direction in RESULTS:
+        for direction in DIRECTIONS:
             full = arrays | {
                 n: poisoned(problem.shapes[n], numpy_dtype(problem.dtype_of(n)), False)
-                for n in OPERANDS[direction]  # type: ignore[index]
+                for n in OPERANDS[direction]
                 if n not in arrays and problem.has(n)
             }
             specs |= {launch.kernel for launch in plan_of(direction, case, full).launches}
@@ -118,12 +120,17 @@ def test_strided(name: str, folder: Path):
     everything(next(c for c in CASES if c.name == name), "float64", folder, strided=True)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=random_case(max_tokens=100))
-def test_random_problems(case: Case, folder: Path):
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_random_problems(dtype: str, folder: Path):
     """Any window; head dimensions are pinned, so that few kernels are compiled."""
-    pinned = {"head_dim": 4, "head_dim_v": 8, "rpb": "float32" if case.rpb else None}
-    everything(Case(**{**vars(case), **pinned}), "float64", folder)
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(case=random_case(max_tokens=100))
+    def judge(case: Case) -> None:
+        pinned = {"head_dim": 4, "head_dim_v": 8, "rpb": "float32" if case.rpb else None}
+        everything(replace(case, **pinned), dtype, folder)
+
+    judge()
 
 
 def test_absent_results_and_d_lse(folder: Path):

@@ -41,6 +41,11 @@ SPAN = 32
 TARGET_BLOCKS = 1 << 14
 MIN_QUERIES_PER_GROUP = 8  # of a slice
 
+_DIRECTIONS = ("forward", "backward")
+_OPERANDS = {
+    *("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
+    *("d_out", "d_lse", "dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
+}
 #: Operands whose rows the kernels load and store in chunks of `vector` elements.
 _ROWS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "additional_keys", "additional_values")
 
@@ -197,15 +202,14 @@ def _forward(build: _Build) -> Plan:
     problem = build.problem
     if problem.batch == 0:
         return Plan((), 0)
-    operands = OPERANDS["forward"]
-    layouts = ("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse")
+    operands = ("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse")
     grid = build.blocks(build.items(problem.heads))
     scale = Scale(build.accumulator)
-    return Plan((build.launch("general_forward", grid, operands, scale, build.params(layouts)),), 0)
+    return Plan((build.launch("general_forward", grid, operands, scale, build.params(operands)),), 0)
 
 
 def _backward(build: _Build) -> Plan:
-    """delta, then each gradient that is wanted; sums over many queries in two passes."""
+    """delta with dq, then each other gradient that is wanted; sums over many queries in two passes."""
     problem, call = build.problem, build.call
     wanted = {n for n, s in zip(call.operands, call.strides, strict=True) if s is not None and n in RESULTS["backward"]}
     if problem.batch == 0:
@@ -215,20 +219,16 @@ def _backward(build: _Build) -> Plan:
     space = _Space()
     delta = space.take(build.items(problem.heads), build.accumulator)
     scale = Scale(build.accumulator)
-    layouts = ("d_out", "out", "d_lse", "delta")
-    pointers = ("d_out", "out", "d_lse", delta)
     query_blocks, key_blocks = (build.blocks(build.items(heads)) for heads in (problem.heads, problem.heads_kv))
-    launches = [build.launch("general_delta", query_blocks, pointers, build.params(layouts))]
-    shared = ("d_out", "q", "k", "v", "lse", "delta", "rpb")
-    pointers = ("d_out", "q", "k", "v", "lse", delta, "rpb")
-    if "dq" in wanted:
-        rest = ("additional_keys", "additional_values", "dq")
-        params = build.params(shared + rest)
-        launches.append(build.launch("general_backward_query", query_blocks, pointers + rest, scale, params))
+    common = ("d_out", "q", "k", "v", "lse")
+    optional = ("d_lse", "rpb", "additional_keys", "additional_values")
+    params = build.params((*common, *optional, "delta", "dq"))
+    pointers = (*common, *optional, delta, "dq")
+    launches = [build.launch("general_backward_query", query_blocks, pointers, scale, params)]
     if wanted & {"dk", "dv"}:
-        rest = ("dk", "dv")
-        params = build.params(shared + rest)
-        launches.append(build.launch("general_backward_key", key_blocks, pointers + rest, scale, params))
+        params = build.params((*common, "delta", "rpb", "dk", "dv"))
+        pointers = (*common, delta, "rpb", "dk", "dv")
+        launches.append(build.launch("general_backward_key", key_blocks, pointers, scale, params))
     if "drpb" in wanted:
         launches += _bias_launches(build, space, delta)
     if wanted & {"d_additional_keys", "d_additional_values"}:
@@ -311,7 +311,11 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
         return f"head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v}: at most {MAX_HEAD_DIM} are supported."
     if max(problem.spatial) > MAX_EXTENT:
         return f"the map {problem.spatial} has an axis longer than {MAX_EXTENT}."
+    if call.direction not in _DIRECTIONS:
+        return f"the general kernels do {' and '.join(_DIRECTIONS)}, not {call.direction}."
     for name, strides in zip(call.operands, call.strides, strict=True):
+        if strides is not None and name not in _OPERANDS:
+            return f"{name}: the general kernels do not take it."
         if problem.batch and strides is not None and name in _ROWS and strides[-1] != 1:
             return f"{name} has stride {strides[-1]} on its last axis; it must be contiguous."
     return None
@@ -321,7 +325,6 @@ _KERNELS = tuple(
     KernelInfo(name, ("sm_75+",), max_registers, max_shared_bytes)
     for name, max_registers, max_shared_bytes in (
         ("general_forward", 255, 0),
-        ("general_delta", 64, 0),
         ("general_backward_query", 255, 0),
         ("general_backward_key", 255, 0),
         ("general_backward_bias", 255, 32 << 10),

@@ -1,10 +1,11 @@
-// The arithmetic of one (query, key) pair in the backward, shared by the query-, key-, bias- and
-// additional-stationary kernels. With s = scale q.k + bias, p = exp(s - lse), dP = d_out . v:
+// The arithmetic of one (query, key) pair in the backward. With s = scale q.k + bias, p = exp(s - lse)
+// and dP = d_out . v:
 //
-//   dL/ds = p (dP - delta),   delta = sum over keys of p dP  -  d_lse  =  d_out . out - d_lse
+//   dL/ds = p (dP - delta),   delta = sum over keys of p dP  -  d_lse
 //
 // and from there dq = scale sum dL/ds k, dk = scale sum dL/ds q, dv = sum p d_out, drpb = sum dL/ds.
-// p is recomputed: nothing of the size of the attention matrix is ever stored.
+// p is recomputed: nothing of the size of the attention matrix is ever stored. general_backward_query
+// computes delta, which the key-, bias- and additional-stationary kernels read.
 #pragma once
 
 #include "common/general.cuh"

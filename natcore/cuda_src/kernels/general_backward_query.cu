@@ -1,25 +1,29 @@
-// dq, query-stationary: the backward counterpart of general_forward, with the same walk.
+// dq and delta, query-stationary: the backward counterpart of general_forward, with the same walk.
 //
-// One group of LANES lanes owns one query of one head, holds q, d_out and dq, and walks the query's
-// window STRIP keys at a time. Each key takes two inner products and one update:
+// One group of LANES lanes owns one query of one head, holds q and d_out, and walks the query's
+// window STRIP keys at a time. delta = sum p dP - d_lse is known only at the end, so the sum for dq is
+// kept in two parts, and the walk is done once:
 //
 //      . . + + + + + . . .          s  = scale q.k + bias         (recomputed)
-//      . . + + Q + + . . .          p  = exp(s - lse)
-//      . . [# # # #] + . .          ds = p (d_out . v - delta)
-//      . . + + + + + . . .          dq += scale ds k
+//      . . + + Q + + . . .          p  = exp(s - lse),  dP = d_out . v
+//      . . [# # # #] + . .          with_dp += p dP k,  with_p += p k,  sum += p dP
+//      . . + + + + + . . .          at the end: dq = scale (with_dp - delta with_p)
 //
-// Nobody else writes this dq: no atomics, and the order of the sum is fixed.
+// The other kernels read delta from the workspace. Taking d_out . out for the sum would be cheaper, but
+// out has been rounded to 16 bits, and drpb, whose entries nearly cancel, shows it.
+//
+// Nobody else writes this dq: no atomics, and the order of the sums is fixed.
 #include "common/general_backward.cuh"
 
 struct Params {
   Sizes sizes;
-  Layout d_out, q, k, v, lse, delta, rpb, additional_keys, additional_values, dq;
+  Layout d_out, q, k, v, lse, d_lse, rpb, additional_keys, additional_values, delta, dq;
 };
 
 struct QueryRows {
-  Row<HEAD_DIM> q, dq;
+  Row<HEAD_DIM> q, with_dp, with_p;
   Row<HEAD_DIM_V> d_out;
-  QueryScalars scalars;
+  Acc lse2, sum = 0;
 };
 
 // A strip of `count` or more keys: `at(u)` is the index of its u-th key, `bias(u)` its bias in units of log 2.
@@ -37,8 +41,10 @@ __device__ __forceinline__ void visit(QueryRows& rows, Acc scale2, int lane, con
 #pragma unroll
   for (int u = 0; u < STRIP; ++u) {
     const Acc qk = group_sum(rows.q.dot(key[u])), dp = group_sum(rows.d_out.dot(value[u]));
-    const PairGradient pair(qk, dp, scale2, bias(smaller(u, count - 1)), rows.scalars);
-    rows.dq.add(u < count ? pair.ds : Acc(0), key[u]);
+    const Acc p = u < count ? exp2(qk * scale2 + bias(smaller(u, count - 1)) - rows.lse2) : Acc(0);
+    rows.with_dp.add(p * dp, key[u]);
+    rows.with_p.add(p, key[u]);
+    rows.sum += p * dp;
   }
 }
 
@@ -48,11 +54,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                            const Element* __restrict__ k,                  // [batch, x0, x1, x2, heads_kv, HEAD_DIM]
                            const Element* __restrict__ v,                  // [batch, x0, x1, x2, heads_kv, HEAD_DIM_V]
                            const Acc* __restrict__ lse,                    // [batch, x0, x1, x2, heads]
-                           const Acc* __restrict__ delta,                  // [batch, x0, x1, x2, heads]
+                           const Acc* __restrict__ d_lse,                  // [batch, x0, x1, x2, heads], or null: zeros
                            const BiasElement* __restrict__ rpb,            // [heads, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1]
                            const Element* __restrict__ additional_keys,    // [batch, extra, heads_kv, HEAD_DIM]
                            const Element* __restrict__ additional_values,  // [batch, extra, heads_kv, HEAD_DIM_V]
-                           Element* __restrict__ dq,                       // [batch, x0, x1, x2, heads, HEAD_DIM]
+                           Acc* __restrict__ delta,                        // [batch, x0, x1, x2, heads]
+                           Element* __restrict__ dq,                       // [batch, x0, x1, x2, heads, HEAD_DIM], or null
                            const Acc scale, const __grid_constant__ Params params) {
   const Sizes& sizes = params.sizes;
   const Index item = static_cast<Index>(blockIdx.x) * GROUPS + threadIdx.x / LANES;
@@ -69,8 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   QueryRows rows;
   rows.q.load(q + place.offset(params.q, place.head), lane);
   rows.d_out.load(d_out + place.offset(params.d_out, place.head), lane);
-  rows.scalars.lse2 = LOG2_E * lse[place.offset(params.lse, place.head)];
-  rows.scalars.delta = delta[place.offset(params.delta, place.head)];
+  rows.lse2 = LOG2_E * lse[place.offset(params.lse, place.head)];
 
   for (int n0 = w0.start; n0 < w0.end; ++n0) {
     for (int n1 = w1.start; n1 < w1.end; ++n1) {
@@ -102,5 +108,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           sizes.extra - e, [&](int u) { return e + u; }, [](int) -> Acc { return 0; });
   }
 
-  rows.dq.store(dq + place.offset(params.dq, place.head), lane, scale);
+  const Acc own_delta = rows.sum - (d_lse == nullptr ? Acc(0) : d_lse[place.offset(params.d_lse, place.head)]);
+  if (lane == 0) delta[place.offset(params.delta, place.head)] = own_delta;
+  if (dq == nullptr) return;
+  rows.with_dp.add(-own_delta, rows.with_p);
+  rows.with_dp.store(dq + place.offset(params.dq, place.head), lane, scale);
 }
