@@ -13,12 +13,13 @@ from numba import njit
 
 from natcore.backends.cpu.geometry import COUNT, END, ENTRY, LANES, START
 from natcore.backends.cpu.memory import array, box_keys, load_rows, of_axis
-from natcore.backends.cpu.products import BLOCK
+from natcore.backends.cpu.products import BLOCK, transpose
 from natcore.backends.cpu.simd import inside, load, outlined, shifted, splat, store
 from natcore.backends.cpu.tables import (
     ADDRESS, BIAS, BOUNDS, CHUNK, CHUNKS, CLASSES, D_BIAS, ENTRIES, GROUP, HEAD, HEADS_PER_TILE, KIND,
     LANE_ADDRESS, LANE_HEAD, OWNER, PLACE_CLASS, PLACE_HEAD, PLACE_HEADS, PLACE_T, PLACE_X, PLACE_Y, RECORD,
-    RECORD_COUNT, RECORD_FIRST, RECORD_KEYS_X, RECORD_KEYS_Y, RPB, SLOTS, TABLE, TABLE_T, TABLE_X, TABLE_Y, T, Y,
+    RECORD_COUNT, RECORD_FIRST, RECORD_KEYS_X, RECORD_KEYS_Y, RPB, SLOTS, SQUARES, TABLE,
+    TABLE_AFTER, TABLE_BEFORE, TABLE_T, TABLE_X, TABLE_Y, T, Y,
 )  # fmt: skip
 
 #: The score of a key outside the window: e ** MASKED is 0, yet it can be added and subtracted.
@@ -36,13 +37,19 @@ def load_table(w):
     """The bias tables of a tile's heads, [head, t, y, x]."""
     row = 0
     kind, line, table_x = w.operands[RPB + KIND], shifted(w.integers, LANE_ADDRESS), w.sizes[TABLE_X]
+    table = array(w, TABLE)
+    for i in range(
+        w.sizes[HEADS_PER_TILE] * w.sizes[TABLE_T] * w.sizes[TABLE_Y] * table_x + TABLE_BEFORE + TABLE_AFTER
+    ):
+        table[i] = 0
+    table = shifted(table, TABLE_BEFORE)
     for head in range(min(w.sizes[HEADS_PER_TILE], w.integers[PLACE_HEADS])):
         for t in range(w.sizes[TABLE_T]):
             address = w.operands[RPB + ADDRESS] + (w.integers[PLACE_HEAD] + head) * w.operands[RPB + HEAD]
             address += t * w.operands[RPB + T]
             for _ in range(w.sizes[TABLE_Y]):
                 w.integers[LANE_ADDRESS] = address
-                load_rows(shifted(array(w, TABLE), row * table_x), table_x, kind, line, 1, table_x)
+                load_rows(shifted(table, row * table_x), table_x, kind, line, 1, table_x)
                 address += w.operands[RPB + Y]
                 row += 1
 
@@ -58,31 +65,56 @@ def table_entries(w):
 
 
 @njit(error_model="numpy")
+def line_shift(w, line, keys_y, x):
+    """From the entry of the box's first key to that of key x on a line."""
+    t = line // keys_y
+    return (t * w.sizes[TABLE_Y] + line - t * keys_y) * w.sizes[TABLE_X] + x
+
+
+@njit(error_model="numpy")
+def entry_of_line(entries, lane, shift, size):
+    """The entry at which a lane's line of keys starts; lines that the lane does not see may start anywhere near."""
+    return min(max(entries[lane] + shift, -LANES), size)
+
+
+@njit(error_model="numpy")
+def load_line(w, shift):
+    """Up to 16 keys of a line: the lanes' entries of the loaded tables, as [key, lane] in the second of SQUARES."""
+    square, table, entries = array(w, SQUARES), shifted(array(w, TABLE), TABLE_BEFORE), shifted(w.integers, ENTRIES)
+    size = w.sizes[HEADS_PER_TILE] * w.sizes[TABLE_T] * w.sizes[TABLE_Y] * w.sizes[TABLE_X]
+    for lane in range(LANES):
+        store(square, lane * LANES, load(table, entry_of_line(entries, lane, shift, size)))
+    transpose(shifted(square, LANES * LANES), LANES, square, LANES)
+
+
+@njit(error_model="numpy")
 def make_block(w, block, first, last):
-    """block = MASKED, or else the bias (0 without a table), for keys [first, last) of a tile."""
-    bounds, table, entries = (array(w, BOUNDS), array(w, TABLE), shifted(w.integers, ENTRIES))
+    """block = MASKED, or else the bias (0 without a table), for keys [first, last) of a tile, line by line."""
+    bounds, square = array(w, BOUNDS), shifted(array(w, SQUARES), LANES * LANES)
     for lane in range(LANES):  # [start, end) per axis, as vectors
         for axis in range(3):
             bounds[2 * axis * LANES + lane] = of_axis(w, PLACE_T + axis, START + lane)
             bounds[(2 * axis + 1) * LANES + lane] = of_axis(w, PLACE_T + axis, END + lane)
-    keys_y, keys_x, box = (of_axis(w, PLACE_Y, COUNT), of_axis(w, PLACE_X, COUNT), box_keys(w))
-    zero, masked = splat(block, 0.0), splat(block, MASKED)
-    for key in range(first, last):
-        here = shifted(block, (key - first) * LANES)
-        if key >= box:
-            store(here, 0, zero)
-            continue
+    keys_y, keys_x, key, end = of_axis(w, PLACE_Y, COUNT), of_axis(w, PLACE_X, COUNT), first, min(last, box_keys(w))
+    masked, nowhere = splat(block, MASKED), splat(block, -1.0)
+    for i in range(LANES):
+        store(square, i * LANES, splat(block, 0.0))
+    while key < end:
         line = key // keys_x
-        t = line // keys_y
-        x, y = key - line * keys_x, line - t * keys_y
-        allowed = inside(splat(block, t), load(bounds, 0), load(bounds, LANES), zero, masked)
-        allowed = inside(splat(block, y), load(bounds, 2 * LANES), load(bounds, 3 * LANES), allowed, masked)
-        store(here, 0, inside(splat(block, x), load(bounds, 4 * LANES), load(bounds, 5 * LANES), allowed, masked))
+        x, t = key - line * keys_x, line // keys_y
+        run = min(min(keys_x - x, end - key), LANES)
         if w.operands[RPB + ADDRESS]:
-            shift = (t * w.sizes[TABLE_Y] + y) * w.sizes[TABLE_X] + x
-            for lane in range(LANES):
-                if here[lane] == 0:
-                    here[lane] = table[entries[lane] + shift]
+            load_line(w, line_shift(w, line, keys_y, x))
+        # where a lane does not see the line, it sees no key up to its end
+        seen = inside(splat(block, t), load(bounds, 0), load(bounds, LANES), load(bounds, 5 * LANES), nowhere)
+        y = splat(block, line - t * keys_y)
+        seen = inside(y, load(bounds, 2 * LANES), load(bounds, 3 * LANES), seen, nowhere)
+        for i in range(run):
+            value = inside(splat(block, x + i), load(bounds, 4 * LANES), seen, load(square, i * LANES), masked)
+            store(block, (key - first + i) * LANES, value)
+        key += run
+    for i in range(key - first, last - first):  # additional keys
+        store(block, i * LANES, splat(block, 0.0))
     for i in range(last - first, -(-(last - first) // BLOCK) * BLOCK):
         store(block, i * LANES, masked)
 
@@ -138,19 +170,26 @@ def gradient_block(w, sums, first, last):
 
 @njit(error_model="numpy")
 def hand_in(w, sums, slot):
-    """Adds a slot's gradient to the entries of the table that its bias was read from."""
+    """Adds a slot's gradient to the entries of the table that its bias was read from: `load_line` in reverse."""
     if w.integers[OWNER + slot] < 0:
         return
     record = shifted(w.integers, OWNER + w.sizes[SLOTS] + 1 + slot * RECORD)
-    at = slot * w.sizes[CHUNK] * LANES
-    bias, gradient = shifted(array(w, BIAS), at), shifted(array(w, D_BIAS), at)
-    for i in range(record[RECORD_COUNT]):
-        line = (record[RECORD_FIRST] + i) // record[RECORD_KEYS_X]
-        x, t = (record[RECORD_FIRST] + i - line * record[RECORD_KEYS_X], line // record[RECORD_KEYS_Y])
-        shift = (t * w.sizes[TABLE_Y] + line - t * record[RECORD_KEYS_Y]) * w.sizes[TABLE_X] + x
+    gradient, square = shifted(array(w, D_BIAS), slot * w.sizes[CHUNK] * LANES), array(w, SQUARES)
+    size = w.sizes[GROUP] * w.sizes[TABLE_T] * w.sizes[TABLE_Y] * w.sizes[TABLE_X]
+    key, keys_x, end = record[RECORD_FIRST], record[RECORD_KEYS_X], record[RECORD_FIRST] + record[RECORD_COUNT]
+    while key < end:
+        line = key // keys_x
+        x = key - line * keys_x
+        run = min(min(keys_x - x, end - key), LANES)
+        for i in range(LANES):
+            row = load(gradient, (key - record[RECORD_FIRST] + i) * LANES) if i < run else splat(gradient, 0.0)
+            store(square, i * LANES, row)
+        transpose(shifted(square, LANES * LANES), LANES, square, LANES)
+        shift = line_shift(w, line, record[RECORD_KEYS_Y], x)
         for lane in range(LANES):
-            if bias[i * LANES + lane] > MASKED / 2:
-                sums[record[lane] + shift] += gradient[i * LANES + lane]
+            at = TABLE_BEFORE + entry_of_line(record, lane, shift, size)
+            store(sums, at, load(sums, at) + load(square, (LANES + lane) * LANES))
+        key += run
 
 
 @njit(error_model="numpy")

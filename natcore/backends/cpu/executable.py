@@ -15,7 +15,7 @@ from natcore.backends.cpu.products import BLOCK
 from natcore.backends.cpu.sharing import Task, share
 from natcore.backends.cpu.tables import (
     ADDRESS, AT_AXIS_TILES, AT_BIAS_SUMS, AT_INTEGERS, AT_LAYOUT, AT_OPERANDS, AT_SCRATCH, AT_SIZES, AT_TILES, BATCH,
-    CHUNK, COLUMNS, KV, LISTS, OWNER, RECORD, ROWS, SCRATCH, SIZES, SLOTS, TASK,
+    CHUNK, COLUMNS, KV, LISTS, OWNER, RECORD, ROWS, SCRATCH, SIZES, SLOTS, TABLE_AFTER, TABLE_BEFORE, TASK,
 )  # fmt: skip
 from natcore.backends.cpu.threads import run_all
 from natcore.problem import Call
@@ -180,7 +180,8 @@ def _scratch_lengths(sizes: np.ndarray, backward: bool) -> list[int]:
         "scores": chunk * LANES,
         "bias": bias,
         "bounds": 6 * LANES,
-        "table": padded(tables),
+        "table": padded(TABLE_BEFORE + tables + TABLE_AFTER),
+        "squares": 2 * LANES * LANES,
         "out_lanes": LANES * wide,
         "state": 3 * LANES,
     }

@@ -16,7 +16,8 @@ import numpy as np
 from natcore.backends.cpu import compiled
 from natcore.backends.cpu.convert import KINDS
 from natcore.backends.cpu.executable import Executable, Worker
-from natcore.backends.cpu.tables import ROWS
+from natcore.backends.cpu.geometry import LANES
+from natcore.backends.cpu.tables import ROWS, TABLE_AFTER, TABLE_BEFORE
 from natcore.backends.cpu.threads import worker_count
 from natcore.problem import Call
 
@@ -106,15 +107,15 @@ class BackwardExecutable(Executable):
         return address, KINDS.index(self.dtype.name), batch, *axes, head
 
     def _bias_sums(self, tasks: int, bias: np.ndarray | None) -> np.ndarray | None:
-        return None if bias is None else np.zeros((tasks, bias.shape[1]), self.dtype)
+        return None if bias is None else np.zeros((tasks, TABLE_BEFORE + bias.shape[1] + TABLE_AFTER), self.dtype)
 
     def _store(self, operands: np.ndarray, name: str, numbers: np.ndarray, shape: tuple[int, ...]) -> None:
         """Rounds contiguous numbers [heads, batch, t, y, x, count] to a result."""
-        table = np.array([*operands[ROWS.index(name)], numbers.ctypes.data, *shape], np.int64)
+        table = np.array([*operands[ROWS.index(name)], numbers.ctypes.data, *shape, *(0,) * LANES], np.int64)
         self.store(table.ctypes.data, self.dtype.type(0))
 
 
 def _add_in_order(total: np.ndarray | None, partial: np.ndarray | None, rows: list[int]) -> None:
     if total is not None and partial is not None:
         for row, summand in zip(rows, partial, strict=True):
-            total[row] += summand
+            total[row] += summand[TABLE_BEFORE:-TABLE_AFTER]

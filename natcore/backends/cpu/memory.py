@@ -57,11 +57,11 @@ def load_rows(to, pitch, kind, addresses, rows, count):
 
 
 @njit(error_model="numpy")
-def store_rows(kind, address, step, source, pitch, rows, count):
-    """Rows of scratch to memory, ``step`` bytes apart, rounded to the dtype of the memory."""
+def store_rows(kind, addresses, source, pitch, rows, count):
+    """The way back of `load_rows`, last row first, rounded to the dtype of the memory."""
     outlined()
-    for row in range(rows):
-        line = shifted(source, row * pitch)
+    for row in range(rows - 1, -1, -1):
+        line, address = shifted(source, row * pitch), addresses[row]
         i = 0
         while i + LANES <= count:
             write(address, line, i, kind, LANES)
@@ -69,7 +69,16 @@ def store_rows(kind, address, step, source, pitch, rows, count):
         while i < count:
             write(address, line, i, kind, 1)
             i += 1
-        address += step
+
+
+@njit(error_model="numpy")
+def store_line(kind, address, step, addresses, source, pitch, rows, count):
+    """Rows of scratch to rows of memory ``step`` bytes apart; ``addresses`` is room for 16."""
+    for first in range(0, rows, LANES):
+        some = min(LANES, rows - first)
+        for i in range(some):
+            addresses[i] = address + (first + i) * step
+        store_rows(kind, addresses, shifted(source, first * pitch), pitch, some, count)
 
 
 @njit(error_model="numpy")
@@ -113,12 +122,12 @@ def load_queries(w, to, pitch, count, which):
 
 @njit(error_model="numpy")
 def store_queries(w, source, pitch, count, which):
-    """One row per lane that has a query, from source[lane, pitch]."""
-    outlined()
+    """One row per lane, from source[lane, pitch].
+
+    Lanes without a query share the address of a lane before them, which is written after them.
+    """
     addresses = lane_addresses(w, which)
-    for lane in range(LANES):
-        if is_query(w, lane):
-            store_rows(w.operands[which + KIND], addresses[lane], 0, shifted(source, lane * pitch), pitch, 1, count)
+    store_rows(w.operands[which + KIND], addresses, source, pitch, LANES, count)
 
 
 @njit(error_model="numpy")
@@ -215,14 +224,15 @@ def store_plane(w, source, pitch, count, which, batch, head):
             address = operand[ADDRESS] + batch * operand[BATCH] + head * operand[HEAD] + t * operand[T] + y * operand[Y]
             row = (t * w.sizes[EXTENT_Y] + y) * w.sizes[EXTENT_X]
             line = shifted(source, row * pitch)
-            store_rows(operand[KIND], address, operand[X], line, pitch, w.sizes[EXTENT_X], count)
+            addresses = shifted(w.integers, LANE_ADDRESS)
+            store_line(operand[KIND], address, operand[X], addresses, line, pitch, w.sizes[EXTENT_X], count)
 
 
 @njit(error_model="numpy")
 def store_all(table_address, like):
     """A whole operand from contiguous numbers [heads, batch, t, y, x, count] of the type of ``like``.
 
-    The table: the operand's row (see tables.ROWS), the address of the numbers, and their shape.
+    The table: the operand's row (see tables.ROWS), the address of the numbers, their shape, and room for 16 more.
     """
     operand = pointer_to(table_address, table_address)
     shape = shifted(operand, COLUMNS + 1)
@@ -233,5 +243,7 @@ def store_all(table_address, like):
                 for y in range(shape[3]):
                     address = operand[ADDRESS] + head * operand[HEAD] + batch * operand[BATCH]
                     address += t * operand[T] + y * operand[Y]
-                    store_rows(operand[KIND], address, operand[X], source, shape[5], shape[4], shape[5])
+                    store_line(
+                        operand[KIND], address, operand[X], shifted(shape, 6), source, shape[5], shape[4], shape[5]
+                    )
                     source = shifted(source, shape[4] * shape[5])

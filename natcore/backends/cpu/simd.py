@@ -12,6 +12,7 @@ import math
 import operator
 import struct
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.extending import intrinsic, lower_builtin, models, register_model
@@ -177,45 +178,43 @@ def inside(typingctx, value, low, high, then, otherwise):
     return value(value, value, value, value, value), codegen
 
 
-#: By element: mantissa bits, the lowest argument with a normal result, Taylor order.
-_EXP = {types.float32: (23, -87.0, 7), types.float64: (52, -708.0, 13)}
-
-
+#: By element: mantissa bits, exponent bias, the lowest argument with a normal result, order of the polynomial.
+_EXP = {types.float32: (23, 127, -87.0, 6), types.float64: (52, 1023, -708.0, 12)}
 #: By element: mantissa bits, highest power of the series.
 _LOG = {types.float32: (23, 9), types.float64: (52, 21)}
 
 
 @intrinsic
 def exp(typingctx, x):
-    """e ** x to about one unit in the last place; 0 below the normal numbers; x must not exceed 88.
+    """e ** x to a few units in the last place; 0 below the normal numbers; for x <= 88.
 
-    x = n ln 2 + r with |r| <= ln 2 / 2; e ** r by its Taylor series to the order whose remainder is
-    below the rounding; n is added to the exponent bits. NaN stays NaN.
+    x = n ln 2 + r with |r| <= ln 2 / 2; e ** r by a polynomial that interpolates it at Chebyshev nodes.
+    Adding 3/2 * 2 ** mantissa rounds to an integer, which then stands in the low bits: n plus the
+    exponent's bias, so that a shift makes 2 ** n of it. NaN stays NaN.
     """
-    mantissa, lowest, order = _EXP[x.element]
+    mantissa, bias, lowest, order = _EXP[x.element]
+    fit = np.polynomial.Chebyshev.interpolate(np.exp, order, domain=[-math.log(2) / 2, math.log(2) / 2])
+    coefficients = fit.convert(kind=np.polynomial.Polynomial).coef
 
     def codegen(context, builder, sig, args):
         kind = args[0].type
         integer = ir.VectorType(ir.IntType(64 if mantissa == 52 else 32), LANES)
 
         def c(value: float) -> ir.Constant:
-            return constant(kind, value)
+            return constant(kind, float(value))
 
         def fma(a, b, addend):
             return builder.fadd(builder.fmul(a, b, flags=FAST), addend, flags=FAST)
 
-        tiny, value = builder.fcmp_ordered("<", args[0], c(lowest)), args[0]
-        name = f"llvm.rint.v{LANES}f{64 if mantissa == 52 else 32}"
-        rint = builder.module.globals.get(name) or ir.Function(builder.module, ir.FunctionType(kind, [kind]), name)
-        n = builder.call(rint, [builder.fmul(value, c(1 / math.log(2)))])
-        high = 0.693145751953125  # ln 2 to 16 bits, so that n * high is exact
-        r = fma(n, c(-(math.log(2) - high)), fma(n, c(-high), value))
-        power = c(1 / math.factorial(order))
-        for k in reversed(range(order)):
-            power = fma(power, r, c(1 / math.factorial(k)))
-        shifted = builder.shl(builder.fptosi(n, integer), constant(integer, mantissa))
-        result = builder.bitcast(builder.add(builder.bitcast(power, integer), shifted), kind)
-        return builder.select(tiny, c(0.0), result)
+        magic = 1.5 * 2.0**mantissa + bias
+        shifted_n = fma(args[0], c(1 / math.log(2)), c(magic))
+        r = fma(builder.fsub(shifted_n, c(magic)), c(-math.log(2)), args[0])
+        power = c(coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            power = fma(power, r, c(coefficient))
+        scale = builder.bitcast(builder.shl(builder.bitcast(shifted_n, integer), constant(integer, mantissa)), kind)
+        result = builder.fmul(power, scale)
+        return builder.select(builder.fcmp_ordered("<", args[0], c(lowest)), c(0.0), result)
 
     return x(x), codegen
 

@@ -58,12 +58,16 @@ RECORD_KEYS_Y, RECORD_KEYS_X, RECORD_FIRST, RECORD_COUNT, RECORD = 16, 17, 18, 1
 #: then those of the lists of addresses among the integers.
 SCRATCH = (
     *("rows", "q_lanes", "key_rows", "value_rows", "scores", "bias", "bounds", "table", "out_lanes", "state"),
-    *("q_rows", "d_out_rows", "d_out_lanes", "d_scores", "sum_rows", "d_bias"),
+    *("squares", "q_rows", "d_out_rows", "d_out_lanes", "d_scores", "sum_rows", "d_bias"),
 )
 LISTS = ("keys", "values", "sums")
 (ROW_BUFFER, Q_LANES, KEY_ROWS, VALUE_ROWS, SCORES, BIAS, BOUNDS, TABLE, OUT_LANES, STATE,
- Q_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, SUM_ROWS, D_BIAS) = range(len(SCRATCH))  # fmt: skip
+ SQUARES, Q_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, SUM_ROWS, D_BIAS) = range(len(SCRATCH))  # fmt: skip
 KEY_LIST, VALUE_LIST, SUM_LIST = range(len(SCRATCH), len(SCRATCH) + len(LISTS))
+
+
+#: Elements before and after bias tables (and sums of their gradients): lines of a tile overhang them.
+TABLE_BEFORE, TABLE_AFTER = 16, 32
 
 
 class Work(NamedTuple):
