@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations, product
 from math import ceil, prod
@@ -34,15 +33,14 @@ from natcore.planning.plan import (
     Scale,
     capability,
 )
+from natcore.planning.tiling import TILE_QUERIES, Geometry
 from natcore.problem import OPERANDS, Call, Problem
 from natcore.views import ITEM_SIZES
 
-TILE_QUERIES = 16
 MAX_HEAD_DIM = 128
 MAX_BLOCKS = 64  # n8 blocks of scores of one tile: all are unrolled
 WORD = 32  # keys of a mask word
 CHUNK_BLOCKS = 16  # the most n8 blocks of scores held in registers at once
-TILE_BYTES = 44  # struct Tile of common/tiles.cuh
 _ROWS = ("q", "k", "v", "out")
 _LAYOUTS = ("q", "k", "v", "rpb", "out", "lse")
 OPTIONS = (
@@ -54,227 +52,6 @@ OPTIONS = (
     "stages",
     "rounds",
 )
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis as the kernel sees it."""
-
-    extent: int
-    kernel: int
-    stride: int
-    dilation: int
-    causal: bool
-
-    def keys(self, p: int, length: int) -> tuple[int, int]:
-        """The interval of keys of query p of a dilation group (see cuda_src/common/window.cuh)."""
-        block = p // self.stride * self.stride
-        if self.causal:
-            return max(min(block + self.stride, length) - self.kernel, 0), p + 1
-        center = min(block + self.stride // 2, length - 1)
-        start = min(max(center - self.kernel // 2, 0), length - self.kernel)
-        return start, start + self.kernel
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """The distinct lengths of dilation groups, the longest first."""
-        return tuple(sorted({ceil((self.extent - g) / self.dilation) for g in range(self.dilation)}, reverse=True))
-
-    def sample(self, length: int, tile: int) -> list[int]:
-        """Tile numbers among which every pattern of windows occurs: both ends, and one period between."""
-        count = ceil(length / tile)
-        ends = 2 * ceil((self.kernel + self.stride) / tile) + self.stride + 2
-        return [*range(min(count, ends)), *range(max(ends, count - ends), count)]
-
-
-def _first_query(length: int, tile: int, number: int) -> int:
-    return min(number * tile, max(length - tile, 0))
-
-
-@lru_cache(maxsize=4096)
-def _halo(axis: Axis, tile: int) -> tuple[int, int, int]:
-    """Keys of the longest halo of a tile, and the least and greatest difference key - query in one."""
-    ranges = []
-    for length in axis.lengths:
-        for number in axis.sample(length, tile):
-            first = _first_query(length, tile, number)
-            last = min(first + tile, length) - 1
-            ranges.append((length, first, axis.keys(first, length)[0], axis.keys(last, length)[1]))
-    halo = max(end - start for _, _, start, end in ranges)
-    starts = [(min(start, max(length - halo, 0)), first) for length, first, start, _ in ranges]
-    low = min(start - first for start, first in starts) - (tile - 1)
-    return halo, low, max(start - first for start, first in starts) + halo - 1
-
-
-@lru_cache(maxsize=4096)
-def _span(axis: Axis, tile: int, region: int) -> int:
-    """Keys of the longest span of a region of so many tiles."""
-    halo, longest = _halo(axis, tile)[0], 0
-    for length in axis.lengths:
-
-        def key(number: int, length: int = length) -> int:
-            return min(axis.keys(_first_query(length, tile, number), length)[0], max(length - halo, 0))
-
-        count = ceil(length / tile)
-        regions, ends = ceil(count / region), len(axis.sample(length, tile)) // region + axis.stride + 2
-        for number in {*range(min(ends, regions)), *range(max(regions - ends, 0), regions)}:
-            first = number * region
-            longest = max(longest, key(min(first + region, count) - 1) + halo - key(first))
-    return longest
-
-
-def _congruent(least: int, residue: int) -> int:
-    """The least number >= least that is congruent to residue modulo 8."""
-    return least + (residue - least) % 8
-
-
-def _pitch(head_dim: int) -> int:
-    chunks = head_dim // 8
-    return 16 * (chunks if chunks & (chunks - 1) == 0 else chunks | 1)
-
-
-@lru_cache(maxsize=4096)
-def _table(differences: tuple[int, ...], row_keys: int, tile: tuple[int, int, int]) -> tuple[int, int]:
-    """Pitches of a row and of a copy of the difference table for which a warp's loads meet least bank conflicts.
-
-    Lane l reads two neighbours (one, where rows are odd) for query l / 4 of the tile and key 2 (l % 4).
-    """
-    rows, pairs = differences[0] * differences[1], row_keys % 2 == 0
-
-    def conflicts(row: int, copy: int) -> int:
-        worst = 0
-        for half in range(2):
-            banks: dict[int, set[int]] = {}
-            for lane in range(16 * half, 16 * half + 16):
-                g = lane // 4
-                at = lane % 4 * 2 - g // (tile[1] * tile[2]) * row * differences[1]
-                at += 1024 * row - g // tile[2] % tile[1] * row - g % tile[2]
-                at += at % 2 * (copy + 1) if pairs else 0
-                for word in (at, at + 1) if pairs else (at,):
-                    banks.setdefault(word % 32, set()).add(word)
-            worst += max(len(words) for words in banks.values())
-        return worst
-
-    width = differences[2] + (differences[2] % 2 if pairs else 0)
-    choices = [
-        (row, rows * row + 4 - rows * row % 2 + pad) for row in range(width, width + 17, 2) for pad in range(0, 32, 2)
-    ]
-    return min(choices, key=lambda c: (conflicts(*c), c[1]))
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a problem is cut; per-axis entries are in the kernel's order of axes."""
-
-    problem: Problem
-    order: tuple[int, ...]  # which axis of the problem is the kernel's; -1 = a missing one
-    tile: tuple[int, int, int]  # queries
-    region: tuple[int, int, int]  # tiles
-    warps: int
-    blocks_per_sm: int
-    chunk: int
-    stages: int  # spans in shared memory
-    rounds: int  # batch entries of a block
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        p, w = self.problem, self.problem.window
-        return tuple(
-            Axis(1, 1, 1, 1, False)
-            if a < 0
-            else Axis(p.spatial[a], w.kernel_size[a], w.stride[a], w.dilation[a], w.is_causal[a])
-            for a in self.order
-        )
-
-    @property
-    def halos(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(_halo(axis, tile) for axis, tile in zip(self.axes, self.tile, strict=True))
-
-    @property
-    def halo(self) -> tuple[int, ...]:
-        return tuple(halo for halo, _, _ in self.halos)
-
-    @property
-    def span(self) -> tuple[int, ...]:
-        return tuple(_span(*x) for x in zip(self.axes, self.tile, self.region, strict=True))
-
-    @property
-    def regions(self) -> tuple[int, ...]:
-        """Regions of the longest dilation group, per axis."""
-        each = zip(self.axes, self.tile, self.region, strict=True)
-        return tuple(ceil(axis.lengths[0] / (tile * region)) for axis, tile, region in each)
-
-    @property
-    def blocks(self) -> int:
-        """n8 blocks of scores of a tile."""
-        return ceil(prod(self.halo) / 8)
-
-    @property
-    def slot_row(self) -> int:
-        """Slots from one row of the span to the next; numbers of keys and slots agree modulo 8."""
-        return _congruent(self.span[2], self.halo[2])
-
-    @property
-    def slot_plane(self) -> int:
-        return _congruent(self.span[1] * self.slot_row, self.halo[1] * self.halo[2])
-
-    @property
-    def slots(self) -> int:
-        return (self.span[0] - 1) * self.slot_plane + (self.span[1] - 1) * self.slot_row + self.span[2]
-
-    @property
-    def pitches(self) -> tuple[int, int]:
-        """Bytes of a slot of keys and of values, as struct Rows of common/tiles.cuh has them."""
-        return _pitch(self.problem.head_dim), _pitch(self.problem.head_dim_v)
-
-    @property
-    def differences(self) -> tuple[int, ...]:
-        return tuple(high - low + 1 for _, low, high in self.halos)
-
-    @property
-    def table(self) -> tuple[int, int]:
-        """Floats of a row of the difference table, and from one copy of the table to the next."""
-        return _table(self.differences, self.halo[2], self.tile)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Spans of K and V; two difference tables, twice each; a Tile for each tile; two tiles of Q for each warp."""
-        shared = self.stages * self.slots * sum(self.pitches)
-        tables = ceil((16 * self.table[1] + TILE_BYTES * prod(self.region)) / 128) * 128
-        return shared + tables + self.warps * 2 * TILE_QUERIES * max(self.pitches)
-
-    @property
-    def splits(self) -> int:
-        return ceil(self.problem.batch / self.rounds)
-
-    @property
-    def grid(self) -> int:
-        return self.splits * self.problem.heads * prod(self.regions) * prod(self.problem.window.dilation)
-
-    @property
-    def defines(self) -> tuple[tuple[str, str], ...]:
-        p = self.problem
-        per_axis: dict[str, tuple] = {
-            **{
-                n.upper(): tuple(int(getattr(x, n)) for x in self.axes)
-                for n in ("kernel", "stride", "dilation", "causal")
-            },
-            "TILE": self.tile,
-            "REGION": self.region,
-            "HALO": self.halo,
-            "SPAN": self.span,
-            "FIRST_DIFFERENCE": tuple(low for _, low, _ in self.halos),
-            "DIFFERENCES": self.differences,
-        }
-        defines = {f"{name}_{a}": value for name, values in per_axis.items() for a, value in enumerate(values)}
-        defines |= {"ELEMENT": p.dtype, "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v}
-        defines |= {"THREADS": 32 * self.warps, "BLOCKS_PER_SM": self.blocks_per_sm, "CHUNK": self.chunk}
-        defines |= {"RANK": p.window.rank, "STAGES": self.stages}
-        defines |= {"SLOT_ROW": self.slot_row, "SLOT_PLANE": self.slot_plane}
-        defines |= {"TABLE_ROW": self.table[0], "TABLE_COPY": self.table[1]}
-        if p.rpb_dtype is not None:
-            defines["RPB"] = p.rpb_dtype
-        return tuple(sorted((name, str(value)) for name, value in defines.items()))
 
 
 # ---- choosing a geometry ----
@@ -450,8 +227,8 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
             strides[-1] != 1 or any(s % 8 for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
         ):
             return f"{name} has strides {strides}: all but the last must be multiples of 8, and that 1."
-        if max(abs(s) * max(p.window.dilation) for s in strides[1:]) >= 1 << 31:
-            return f"{name} has strides {strides}, beyond 32 bits."
+        if max(abs(s) * max(p.window.dilation) for s in strides[1:]) >= 1 << 27:
+            return f"{name} has strides {strides}, beyond the 32 bits of offsets inside a tile."
     g = choose_geometry(p, _shared_limit(facts)) if p.batch else None
     if p.batch and (g is None or g.grid >= 1 << 31):
         return f"kernel_size {p.window.kernel_size}: the halo of 16 queries is too large."

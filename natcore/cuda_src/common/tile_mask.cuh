@@ -102,14 +102,14 @@ struct TileMask {
   }
 };
 
-// Where the pair (row g, key 0) of a tile lies in its table, and which of the tables that is.
-__device__ __forceinline__ int table_offset(const Tile& tile, int lane) {
+// Where the pair (row g, key 0) of a tile lies in the masked table or in the other one.
+__device__ __forceinline__ int table_offset(const Tile& tile, bool masked, int lane) {
   int at[3];
 #pragma unroll
   for (int a = 0; a < 3; ++a) at[a] = tile.key[a] - tile.query[a] - first_difference_of(a) - row_axis(a, lane / 4);
   int offset = at[0] * TABLE_PLANE + at[1] * TABLE_ROW + at[2];
   if (PAIRS) offset += (offset & 1) * (TABLE_COPY + 1);
-  return offset + (tile.interior ? 0 : COPIES * TABLE_COPY);
+  return offset + (masked ? 0 : COPIES * TABLE_COPY);
 }
 
 // The accumulators of block j. `bias` is at the tile's offset in its table; `words` of this block's keys.

@@ -15,7 +15,8 @@
 // owns; a halo that would leave the map at its end is moved back too. Slots beyond the map hold zeros.
 //
 // Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, RANK, THREADS, BLOCKS_PER_SM, STAGES
-// (spans in shared memory), CHUNK (n8 blocks of scores held at once) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a,
+// (spans in shared memory), LOOPED (a block takes several batch entries), CHUNK (n8 blocks of scores held at once), KEPT (a warp has one tile, whose
+// accumulators stay in registers from one batch entry to the next) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a,
 // REGION_a, HALO_a, SPAN_a, and the difference table's FIRST_DIFFERENCE_a and DIFFERENCES_a (key - query);
 // pitches in slots, SLOT_ROW, SLOT_PLANE, and in floats, TABLE_ROW, TABLE_COPY.
 #pragma once
@@ -76,6 +77,7 @@ constexpr int STAGE = 16 * (K_PITCH > V_PITCH ? K_PITCH : V_PITCH);      // byte
 constexpr int TABLE_PLANE = DIFFERENCES_1 * TABLE_ROW;
 constexpr bool UNCLAMPED = STRIDE_0 == 1 && STRIDE_1 == 1 && STRIDE_2 == 1;  // windows that depend on differences alone
 
+static_assert(!KEPT || (TILES == THREADS / 32 && CHUNK >= BLOCKS), "a warp keeps one tile whole");
 static_assert(TILES <= THREADS, "each thread finds one tile");
 static_assert(TILE_0 * TILE_1 * TILE_2 == 16, "a tile is the 16 rows of an mma");
 static_assert((TILE_1 & (TILE_1 - 1)) == 0 && (TILE_2 & (TILE_2 - 1)) == 0, "tile extents are powers of two");
@@ -215,45 +217,68 @@ __device__ __forceinline__ int key_offset(int first, int r) {
 template <int D>
 __device__ __forceinline__ void load_span(unsigned shared, const Element* base, const Layout& s, const Region& region) {
   constexpr int CHUNKS = D / 8, ITEMS = SPAN_2 * CHUNKS, PITCH = Rows<D>::PITCH;
+  constexpr bool REGULAR = 32 % CHUNKS == 0 && 32 / CHUNKS % 8 == 0;  // each lane keeps its place modulo 8
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int length = region.length[2] - region.key[2];
+  base += static_cast<long long>(lane / CHUNKS) * s.step[2] + lane % CHUNKS * 8;
 #pragma unroll 1
   for (int row = warp; row < SPAN_0 * SPAN_1; row += THREADS / 32) {
     const int x0 = SPAN_0 == 1 ? 0 : row / SPAN_1, x1 = row - x0 * SPAN_1;
     const bool inside = region.key[0] + x0 < region.length[0] && region.key[1] + x1 < region.length[1];
+    const int slot = x0 * SLOT_PLANE + x1 * SLOT_ROW + lane / CHUNKS, rest = inside ? length - lane / CHUNKS : 0;
     const Element* source = base + s.offset(x0, x1, 0);
-    const int slot = x0 * SLOT_PLANE + x1 * SLOT_ROW;
+    const unsigned target = shared + slot * PITCH + Rows<D>::chunk(slot, lane % CHUNKS);
 #pragma unroll
     for (int first = 0; first < ITEMS; first += 32) {
-      const int x2 = (first + lane) / CHUNKS, chunk = (first + lane) % CHUNKS;
-      if (first + 32 <= ITEMS || first + lane < ITEMS)
-        cp_async_16(shared + (slot + x2) * PITCH + Rows<D>::chunk(slot + x2, chunk), source + (static_cast<long long>(x2) * s.step[2] + chunk * 8),
-                    inside && x2 < length);
+      if (first + 32 > ITEMS && first + lane >= ITEMS) break;
+      if (REGULAR) {
+        const int x2 = first / CHUNKS;
+        cp_async_16(target + x2 * PITCH, source + static_cast<long long>(x2) * s.step[2], x2 < rest);
+      } else {
+        const int x2 = (first + lane) / CHUNKS - lane / CHUNKS, c = (first + lane) % CHUNKS;
+        cp_async_16(shared + (slot + x2) * PITCH + Rows<D>::chunk(slot + x2, c),
+                    source + (static_cast<long long>(x2) * s.step[2] + (c - lane % CHUNKS) * 8), x2 < rest);
+      }
     }
   }
 }
 
-// A tile of queries, from `base`, the tile's first, to its stage; rows outside the map become zeros.
-__device__ __forceinline__ void load_tile(unsigned stage, const Element* base, const Layout& s, const Region& region,
-                                          const Tile& tile, int lane) {
+// How a warp's lanes share the rows of a tile of Q or O: in turn `i`, one chunk each.
+template <int D>
+struct Share {
+  static constexpr int CHUNKS = D / 8, TURNS = (16 * CHUNKS + 31) / 32;
+  int offset[TURNS];  // elements from the tile's first
+
+  __device__ __forceinline__ Share(const Layout& s, int lane) {
 #pragma unroll
-  for (int first = 0; first < 16 * D_CHUNKS; first += 32) {
-    const int row = (first + lane) / D_CHUNKS, chunk = (first + lane) % D_CHUNKS;
-    if (first + 32 <= 16 * D_CHUNKS || first + lane < 16 * D_CHUNKS)
-      cp_async_16(stage + row * K_PITCH + Rows<HEAD_DIM>::chunk(row, chunk),
-                  base + (s.offset(row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8),
-                  tile.whole || tile.inside(region, row));
+    for (int i = 0; i < TURNS; ++i)
+      offset[i] = static_cast<int>(s.offset(row_axis(0, row(i, lane)), row_axis(1, row(i, lane)), row_axis(2, row(i, lane)))) +
+                  chunk(i, lane) * 8;
   }
+  static __device__ __forceinline__ int row(int i, int lane) { return (32 * i + lane) / CHUNKS; }
+  static __device__ __forceinline__ int chunk(int i, int lane) { return (32 * i + lane) % CHUNKS; }
+  static __device__ __forceinline__ bool has(int i, int lane) { return 32 * i + 32 <= 16 * CHUNKS || row(i, lane) < 16; }
+  static __device__ __forceinline__ int place(int i, int lane) {  // bytes in the tile's stage
+    return row(i, lane) * Rows<D>::PITCH + Rows<D>::chunk(row(i, lane), chunk(i, lane));
+  }
+};
+
+// A tile of queries, from `base`, the tile's first, to its stage; rows outside the map become zeros.
+__device__ __forceinline__ void load_tile(unsigned stage, const Element* base, const Share<HEAD_DIM>& share,
+                                          const Region& region, const Tile& tile, int lane) {
+#pragma unroll
+  for (int i = 0; i < Share<HEAD_DIM>::TURNS; ++i)
+    if (share.has(i, lane))
+      cp_async_16(stage + share.place(i, lane), base + share.offset[i],
+                  tile.whole || tile.inside(region, share.row(i, lane)));
 }
 
 // A tile of outputs from its stage.
-__device__ __forceinline__ void store_tile(Element* base, const unsigned char* stage, const Layout& s,
+__device__ __forceinline__ void store_tile(Element* base, const unsigned char* stage, const Share<HEAD_DIM_V>& share,
                                            const Region& region, const Tile& tile, int lane) {
 #pragma unroll
-  for (int first = 0; first < 16 * V_TILES; first += 32) {
-    const int row = (first + lane) / V_TILES, chunk = (first + lane) % V_TILES;
-    if ((first + 32 <= 16 * V_TILES || first + lane < 16 * V_TILES) && (tile.whole || tile.stores(region, row)))
-      *reinterpret_cast<uint4*>(base + (s.offset(row_axis(0, row), row_axis(1, row), row_axis(2, row)) + chunk * 8)) =
-          *reinterpret_cast<const uint4*>(stage + row * V_PITCH + Rows<HEAD_DIM_V>::chunk(row, chunk));
-  }
+  for (int i = 0; i < Share<HEAD_DIM_V>::TURNS; ++i)
+    if (share.has(i, lane) && (tile.whole || tile.stores(region, share.row(i, lane))))
+      *reinterpret_cast<uint4*>(base + share.offset[i]) =
+          *reinterpret_cast<const uint4*>(stage + share.place(i, lane));
 }

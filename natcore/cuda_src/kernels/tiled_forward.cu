@@ -28,10 +28,11 @@ struct Params {
   Layout q, k, v, rpb, out, lse;
 };
 
-// The running softmax of rows g and g + 8 of a tile, g = lane / 4: sums are this lane's share.
-struct Softmax {
+// O and the softmax of a tile, before division. One more column of V, all ones, sums the weights as they
+// are rounded for P V. `top` is of rows g and g + 8, g = lane / 4.
+struct Output {
+  float o[V_TILES][4] = {}, sum[4] = {};
   float top[2] = {-1e30f, -1e30f};  // finite: rows beyond the map see no key
-  float sum[2] = {0.f, 0.f};
 };
 
 // Queries of a warp's stage as A operands, multiplied by `factor`.
@@ -47,18 +48,28 @@ __device__ __forceinline__ void load_queries(unsigned (&query)[D_STEPS][4], unsi
   }
 }
 
-// S of COUNT blocks, from block FIRST on.
-template <bool INTERIOR, int FIRST, int COUNT>
-__device__ __forceinline__ void score(float (&s)[COUNT][4], const unsigned (&query)[D_STEPS][4], unsigned keys,
-                                      int slot, const TileMask& mask, const float* bias, int lane) {
+// Where a tile's accumulators come from: the masked table, the other one and bits, or registers.
+enum class Start { DIFFERENCES, BITS, REGISTERS };
+
+// The accumulators of COUNT blocks from block FIRST on, for which S = Q K^T is then added.
+template <Start START, int FIRST, int COUNT>
+__device__ __forceinline__ void start(float (&s)[COUNT][4], const TileMask& mask, const float* bias, int lane) {
   unsigned words[2];
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
-    if (!INTERIOR && j % 4 == 0) {
+    if (START == Start::BITS && j % 4 == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) words[h] = mask.word((FIRST + j) / 4, h, lane);
     }
-    initial_scores<INTERIOR>(s[j], FIRST + j, bias, words, lane);
+    initial_scores<START == Start::DIFFERENCES>(s[j], FIRST + j, bias, words, lane);
+  }
+}
+
+template <int FIRST, int COUNT>
+__device__ __forceinline__ void score(float (&s)[COUNT][4], const float (&initial)[COUNT][4],
+                                      const unsigned (&query)[D_STEPS][4], unsigned keys, int slot, int lane) {
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
     const unsigned row = keys + key_offset<SLOT_PLANE, SLOT_ROW>((FIRST + j) * 8, lane % 8) * K_PITCH;
 #pragma unroll
     for (int c = 0; c < D_STEPS; c += 2) {
@@ -66,11 +77,12 @@ __device__ __forceinline__ void score(float (&s)[COUNT][4], const unsigned (&que
       ldmatrix_x4(key, row + Rows<HEAD_DIM>::chunk(slot + lane % 8, smaller(2 * c + lane / 8, D_CHUNKS - 1)));
 #pragma unroll
       for (int i = c; i < c + 2; ++i) {
+        const unsigned(&a)[4] = query[i < D_STEPS ? i : 0];
+        const float(&from)[4] = *(i == 0 ? &initial[j] : &s[j]);
         if (2 * i + 1 < D_CHUNKS) {
-          Mma<Element>::m16n8k16(s[j], query[i][0], query[i][1], query[i][2], query[i][3], key[2 * (i - c)],
-                                 key[2 * (i - c) + 1], s[j]);
+          Mma<Element>::m16n8k16(s[j], a[0], a[1], a[2], a[3], key[2 * (i - c)], key[2 * (i - c) + 1], from);
         } else if (2 * i < D_CHUNKS) {
-          Mma<Element>::m16n8k8(s[j], query[i][0], query[i][1], key[2 * (i - c)], s[j]);
+          Mma<Element>::m16n8k8(s[j], a[0], a[1], key[2 * (i - c)], from);
         }
       }
     }
@@ -79,98 +91,98 @@ __device__ __forceinline__ void score(float (&s)[COUNT][4], const unsigned (&que
 
 // Scores become exp2(unit (s - top)); what came before is rescaled.
 template <int COUNT>
-__device__ __forceinline__ void soften(Softmax& softmax, float (&s)[COUNT][4], float (&out)[V_TILES][4], float unit,
-                                       bool first) {
+__device__ __forceinline__ void soften(Output& output, float (&s)[COUNT][4], float unit, bool first) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float top = softmax.top[h];
+    float top = output.top[h];
 #pragma unroll
     for (int j = 0; j < COUNT; ++j) top = fmaxf(top, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
     if (!first) {
-      const float rescale = ex2_approx((softmax.top[h] - top) * unit);
-      softmax.sum[h] *= rescale;
+      const float rescale = ex2_approx((output.top[h] - top) * unit);
 #pragma unroll
-      for (int n = 0; n < V_TILES; ++n) out[n][2 * h] *= rescale, out[n][2 * h + 1] *= rescale;
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        output.sum[e] *= rescale;
+#pragma unroll
+        for (int n = 0; n < V_TILES; ++n) output.o[n][e] *= rescale;
+      }
     }
-    softmax.top[h] = top;
+    output.top[h] = top;
     const float shift = top * unit;
-    float sums[2] = {softmax.sum[h], 0.f};
 #pragma unroll
     for (int j = 0; j < COUNT; ++j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float p = ex2_approx(__fmaf_rn(s[j][2 * h + e], unit, -shift));
-        s[j][2 * h + e] = p;
-        sums[e] += p;
-      }
+      for (int e = 2 * h; e < 2 * h + 2; ++e) s[j][e] = ex2_approx(__fmaf_rn(s[j][e], unit, -shift));
     }
-    softmax.sum[h] = sums[0] + sums[1];
   }
 }
 
-// O += P V for the keys of CHUNK blocks.
+// O += P V for the keys of COUNT blocks from block FIRST on.
 template <int FIRST, int COUNT>
-__device__ __forceinline__ void weigh(float (&out)[V_TILES][4], const float (&p)[COUNT][4], unsigned values, int slot, int lane) {
+__device__ __forceinline__ void weigh(Output& output, const float (&p)[COUNT][4], unsigned values, int slot, int lane) {
+  const unsigned ones = pack<Element>(1.f, 1.f);
+  float(&o)[V_TILES][4] = output.o;
 #pragma unroll
   for (int j = 0; j < COUNT; j += 2) {
     const unsigned a0 = pack<Element>(p[j][0], p[j][1]), a1 = pack<Element>(p[j][2], p[j][3]);
+    const int at = key_offset<SLOT_PLANE, SLOT_ROW>((FIRST + j) * 8, j + 1 < COUNT ? lane % 16 : lane % 8);
+    const unsigned row = values + at * V_PITCH;
     if (j + 1 < COUNT) {
       const int i = j + 1 < COUNT ? j + 1 : j;
       const unsigned a2 = pack<Element>(p[i][0], p[i][1]), a3 = pack<Element>(p[i][2], p[i][3]);
-      const unsigned row = values + key_offset<SLOT_PLANE, SLOT_ROW>((FIRST + j) * 8, lane % 16) * V_PITCH;
 #pragma unroll
       for (int n = 0; n < V_TILES; n += 2) {
         unsigned r[4];
         ldmatrix_x4_transposed(r, row + Rows<HEAD_DIM_V>::chunk(slot + lane % 8, smaller(n + lane / 16, V_TILES - 1)));
-        Mma<Element>::m16n8k16(out[n], a0, a1, a2, a3, r[0], r[1], out[n]);
-        if (n + 1 < V_TILES) Mma<Element>::m16n8k16(out[n + 1], a0, a1, a2, a3, r[2], r[3], out[n + 1]);
+        Mma<Element>::m16n8k16(o[n], a0, a1, a2, a3, r[0], r[1], o[n]);
+        if (n + 1 < V_TILES) Mma<Element>::m16n8k16(o[n + 1], a0, a1, a2, a3, r[2], r[3], o[n + 1]);
       }
+      Mma<Element>::m16n8k16(output.sum, a0, a1, a2, a3, ones, ones, output.sum);
     } else {
-      const unsigned row = values + key_offset<SLOT_PLANE, SLOT_ROW>((FIRST + j) * 8, lane % 8) * V_PITCH;
 #pragma unroll
       for (int n = 0; n < V_TILES; n += 4) {
         unsigned r[4];
         ldmatrix_x4_transposed(r, row + Rows<HEAD_DIM_V>::chunk(slot + lane % 8, smaller(n + lane / 8, V_TILES - 1)));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (n + i < V_TILES) Mma<Element>::m16n8k8(out[n + i], a0, a1, r[i], out[n + i]);
+          if (n + i < V_TILES) Mma<Element>::m16n8k8(o[n + i], a0, a1, r[i], o[n + i]);
       }
+      Mma<Element>::m16n8k8(output.sum, a0, a1, ones, output.sum);
     }
   }
 }
 
 // All chunks of a tile from FIRST on.
-template <bool INTERIOR, int FIRST>
-__device__ __forceinline__ void attend(Softmax& softmax, float (&out)[V_TILES][4], const unsigned (&query)[D_STEPS][4],
-                                       unsigned keys, unsigned values, int slot, const TileMask& mask,
-                                       const float* bias, float unit, int lane) {
+template <Start START, int FIRST, int KEPT_BLOCKS>
+__device__ __forceinline__ void attend(Output& output, const unsigned (&query)[D_STEPS][4], unsigned keys,
+                                       unsigned values, int slot, const TileMask& mask, const float* bias,
+                                       const float (&kept)[KEPT_BLOCKS][4], float unit, int lane) {
   if constexpr (FIRST < BLOCKS) {
     constexpr int COUNT = FIRST + CHUNK <= BLOCKS ? CHUNK : BLOCKS - FIRST;
     float s[COUNT][4];
-    score<INTERIOR, FIRST>(s, query, keys, slot, mask, bias, lane);
-    soften(softmax, s, out, unit, FIRST == 0);
-    weigh<FIRST>(out, s, values, slot, lane);
-    attend<INTERIOR, FIRST + COUNT>(softmax, out, query, keys, values, slot, mask, bias, unit, lane);
+    if constexpr (START == Start::REGISTERS) {
+      score<FIRST>(s, kept, query, keys, slot, lane);
+    } else {
+      start<START, FIRST>(s, mask, bias, lane);
+      score<FIRST>(s, s, query, keys, slot, lane);
+    }
+    soften(output, s, unit, FIRST == 0);
+    weigh<FIRST>(output, s, values, slot, lane);
+    attend<START, FIRST + COUNT>(output, query, keys, values, slot, mask, bias, kept, unit, lane);
   }
 }
 
-// Ends the softmax: normalises O into the warp's stage and leaves the row's lse in softmax.sum.
-__device__ __forceinline__ void finish(unsigned char* stage, Softmax& softmax, const float (&out)[V_TILES][4],
-                                       float unit, int lane) {
+// O / sum into the warp's stage.
+__device__ __forceinline__ void stage_output(unsigned char* stage, const Output& output, int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float sum = softmax.sum[h];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    const float inverse = rcp_approx(sum);
-    softmax.sum[h] = (softmax.top[h] * unit + lg2_approx(sum)) * LN_2;
+    const float inverse = rcp_approx(output.sum[2 * h]);
     unsigned char* row = stage + (lane / 4 + 8 * h) * V_PITCH + lane % 4 * 4;
 #pragma unroll
     for (int n = 0; n < V_TILES; ++n)
       *reinterpret_cast<unsigned*>(row + Rows<HEAD_DIM_V>::chunk(lane / 4, n)) =
-          pack<Element>(out[n][2 * h] * inverse, out[n][2 * h + 1] * inverse);
+          pack<Element>(output.o[n][2 * h] * inverse, output.o[n][2 * h + 1] * inverse);
   }
 }
 
@@ -194,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   if (lse != nullptr) lse = region.base(lse, params.lse, region.head);
 
   const auto follows = [&](int round) {  // whether there is another batch entry
-    return region.split + (round + 1) * params.sizes.splits < params.sizes.batch;
+    return LOOPED && region.split + (round + 1) * params.sizes.splits < params.sizes.batch;
   };
   const auto entry = [&](int round) { return static_cast<long long>(round) * params.sizes.splits; };
   const auto load_keys = [&](int round) {
@@ -203,11 +215,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     load_span<HEAD_DIM_V>(span + SLOTS * K_PITCH, v + entry(round) * params.v.batch, params.v, region);
     cp_async_commit();
   };
+  const Share<HEAD_DIM> share_q(params.q, lane);
+  const Share<HEAD_DIM_V> share_out(params.out, lane);
+  const int lse_row = lane / 4 + lane % 2 * 8;  // of the row whose lse this lane writes, if lane % 4 < 2
+  const int lse_offset = static_cast<int>(
+      params.lse.offset(row_axis(0, lse_row), row_axis(1, lse_row), row_axis(2, lse_row)));
   const auto load_next = [&](int round, int index, unsigned stage) {  // Q of this tile, if there is one
     if (index < TILES && tiles[index].exists) {
       const Tile& tile = tiles[index];
       load_tile(stage, q + (entry(round) * params.q.batch + params.q.offset(tile.query[0], tile.query[1], tile.query[2])),
-                params.q, region, tile, lane);
+                share_q, region, tile, lane);
     }
     cp_async_commit();
   };
@@ -216,6 +233,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   if (threadIdx.x < TILES) tiles[threadIdx.x] = Tile(region, threadIdx.x);
   fill_tables(tables, rpb + static_cast<long long>(region.head) * params.rpb.head, params.rpb, parts.bias);
   __syncthreads();
+
+  float kept[KEPT ? BLOCKS : 1][4];  // the accumulators of this warp's one tile, the same for all batch entries
+  if constexpr (KEPT) {
+    const Tile& tile = tiles[warp];
+    if (tile.exists)
+      start<Start::BITS, 0>(kept, TileMask(region, tile, lane), tables + table_offset(tile, false, lane), lane);
+  }
 
   int parity = 0;
 #pragma unroll 1
@@ -240,28 +264,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       load_queries(query, shared_address(stage), parts.query, lane);
       load_next(round, index + THREADS / 32, shared_address(stages + parity * STAGE));
       if (!tile.exists) continue;
-      const float* bias = tables + table_offset(tile, lane);
       const int slot = tile.slot;
       const unsigned its_keys = keys + slot * K_PITCH, its_values = values + slot * V_PITCH;
-      Softmax softmax;
-      float o[V_TILES][4] = {};
-      if (UNCLAMPED && tile.interior) {
-        attend<true, 0>(softmax, o, query, its_keys, its_values, slot, TileMask(), bias, parts.unit, lane);
+      const float* bias = tables + table_offset(tile, tile.interior, lane);
+      Output output;
+      if constexpr (KEPT) {
+        attend<Start::REGISTERS, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, parts.unit, lane);
+      } else if (UNCLAMPED && tile.interior) {
+        attend<Start::DIFFERENCES, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, parts.unit, lane);
       } else {
-        attend<false, 0>(softmax, o, query, its_keys, its_values, slot, TileMask(region, tile, lane), bias, parts.unit,
-                         lane);
+        const TileMask mask(region, tile, lane);
+        attend<Start::BITS, 0>(output, query, its_keys, its_values, slot, mask, bias, kept, parts.unit, lane);
       }
       __syncwarp();  // the queries have been read
-      finish(stage, softmax, o, parts.unit, lane);
+      stage_output(stage, output, lane);
       __syncwarp();
       const int x0 = tile.query[0], x1 = tile.query[1], x2 = tile.query[2];
-      store_tile(out + (entry(round) * params.out.batch + params.out.offset(x0, x1, x2)), stage, params.out, region, tile,
+      store_tile(out + (entry(round) * params.out.batch + params.out.offset(x0, x1, x2)), stage, share_out, region, tile,
                  lane);
-      const int row = lane / 4 + lane % 4 * 8;
-      if (lse != nullptr && lane % 4 < 2 && (tile.whole || tile.stores(region, row)))
-        lse[entry(round) * params.lse.batch +
-            params.lse.offset(x0 + row_axis(0, row), x1 + row_axis(1, row), x2 + row_axis(2, row))] =
-            lane % 4 == 0 ? softmax.sum[0] : softmax.sum[1];
+      if (lse != nullptr && lane % 4 < 2 && (tile.whole || tile.stores(region, lse_row))) {
+        const float top = lane % 2 == 0 ? output.top[0] : output.top[1], sum = lane % 2 == 0 ? output.sum[0] : output.sum[2];
+        lse[entry(round) * params.lse.batch + params.lse.offset(x0, x1, x2) + lse_offset] =
+            (top * parts.unit + lg2_approx(sum)) * LN_2;
+      }
     }
     if (!follows(round)) return;
     __syncthreads();  // this round's span has been read
