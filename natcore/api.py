@@ -33,7 +33,7 @@ from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
 PerAxis = int | Sequence[int]
 PerAxisFlag = bool | Sequence[bool]
 _ALIGNMENT = 256
-_INPUTS = OPERANDS["forward"][:6]
+_INPUTS = OPERANDS["forward"][:7]
 _GRADIENTS = Gradients._fields
 
 
@@ -151,7 +151,7 @@ def _make_forward(rank: int):
         stream: Any = None,
     ) -> Any:  # fmt: skip
         session = _Session.of("q", q, stream)
-        given = zip(_INPUTS, (q, k, v, rpb, additional_keys, additional_values), strict=True)
+        given = zip(_INPUTS, (q, k, v, rpb, additional_keys, additional_values, None), strict=True)
         window_arguments = _window_arguments(rank, kernel_size, stride, dilation, is_causal)
         inputs = [session.read(name, array) for name, array in given]
         return _forward(session, window_arguments, inputs, scale, return_lse, out, config)
@@ -167,7 +167,7 @@ def _make_packed(rank: int):
         stream: Any = None,
     ) -> Any:  # fmt: skip
         session = _Session.of("qkv", qkv, stream)
-        given = zip(_INPUTS[3:], (rpb, additional_keys, additional_values), strict=True)
+        given = zip(_INPUTS[3:], (rpb, additional_keys, additional_values, None), strict=True)
         window_arguments = _window_arguments(rank, kernel_size, stride, dilation, is_causal)
         packed = session.kind.read("qkv", qkv, session.stream)
         inputs = [*_split_packed(rank, packed), *[session.read(name, array) for name, array in given]]
@@ -184,7 +184,20 @@ def _make_backward(rank: int):
         stream: Any = None,
     ) -> Gradients:  # fmt: skip
         session = _Session.of("q", q, stream)
-        arrays = (d_out, q, k, v, out, lse, d_lse, rpb, additional_keys, additional_values, *[None] * len(_GRADIENTS))
+        arrays = (
+            d_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            d_lse,
+            rpb,
+            additional_keys,
+            additional_values,
+            None,
+            *[None] * len(_GRADIENTS),
+        )
         for name, array in (("d_out", d_out), ("out", out), ("lse", lse)):
             if array is None:
                 raise ValueError(f"{name} is None; the backward needs it (call na{rank}d with return_lse=True).")

@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 from natcore.views import ITEM_SIZES, Device, View
 
 DTYPES = tuple(ITEM_SIZES)
 
-Direction = Literal["forward", "backward"]
+Direction = Literal["forward", "backward", "qk", "qk_backward", "av", "av_backward"]
 
 
 class Gradients(NamedTuple):
@@ -32,22 +33,31 @@ class Gradients(NamedTuple):
 
 #: The operands of a call, in the order in which pointers and strides are handed to a backend.
 OPERANDS: dict[str, tuple[str, ...]] = {
-    "forward": ("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
+    "forward": ("q", "k", "v", "rpb", "additional_keys", "additional_values", "dropout_seed", "out", "lse"),
     "backward": (
         *("d_out", "q", "k", "v", "out", "lse", "d_lse"),
-        *("rpb", "additional_keys", "additional_values"),
+        *("rpb", "additional_keys", "additional_values", "dropout_seed"),
         *Gradients._fields,
     ),
+    # Unfused (natcore.unfused): scores of windows, and sums weighted by them.
+    "qk": ("q", "k", "rpb", "additional_keys", "scores"),
+    "qk_backward": ("d_scores", "q", "k", "rpb", "additional_keys", "dq", "dk", "drpb", "d_additional_keys"),
+    "av": ("weights", "v", "additional_values", "out"),
+    "av_backward": ("d_out", "weights", "v", "additional_values", "d_weights", "dv", "d_additional_values"),
 }
 #: The operands that a call writes; all others are read only.
 RESULTS: dict[str, tuple[str, ...]] = {
     "forward": ("out", "lse"),
     "backward": Gradients._fields,
+    "qk": ("scores",),
+    "qk_backward": ("dq", "dk", "drpb", "d_additional_keys"),
+    "av": ("out",),
+    "av_backward": ("d_weights", "dv", "d_additional_values"),
 }
 #: The gradient of each differentiable operand (those of out and lse come in, the others go out).
 GRADIENTS = {
     **{name: "d" + name for name in ("q", "k", "v", "rpb")},
-    **{name: "d_" + name for name in ("out", "lse", "additional_keys", "additional_values")},
+    **{name: "d_" + name for name in ("out", "lse", "additional_keys", "additional_values", "scores", "weights")},
 }
 
 
@@ -144,6 +154,7 @@ class Problem:
     extra: int  # additional keys / values per batch entry and kv head; 0 = none
     dtype: str
     rpb_dtype: str | None  # None = no bias
+    dropout_p: float = 0.0  # probability with which an attention weight becomes 0
 
     @property
     def lse_dtype(self) -> str:
@@ -152,6 +163,11 @@ class Problem:
     @property
     def default_scale(self) -> float:
         return self.head_dim**-0.5
+
+    @property
+    def places(self) -> int:
+        """What a query can see: the keys of a window, row-major, and then the additional ones."""
+        return prod(self.window.kernel_size) + self.extra
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -167,8 +183,10 @@ class Problem:
             "rpb": (self.heads, *self.window.rpb_shape),
             "additional_keys": (self.batch, self.extra, *k),
             "additional_values": (self.batch, self.extra, *v),
+            "scores": (*lead, self.heads, self.places),
+            "weights": (*lead, self.heads, self.places),
         }
-        return shapes | {gradient: shapes[name] for name, gradient in GRADIENTS.items()}
+        return shapes | {gradient: shapes[name] for name, gradient in GRADIENTS.items()} | {"dropout_seed": (1,)}
 
     def dtype_of(self, operand: str) -> str:
         """The dtype that an operand must have."""
@@ -176,12 +194,14 @@ class Problem:
             return self.lse_dtype
         if operand in ("rpb", "drpb"):
             return self.rpb_dtype or "float32"
-        return self.dtype
+        return "uint32" if operand == "dropout_seed" else self.dtype
 
     def has(self, operand: str) -> bool:
-        """Whether this problem has the operand at all (rpb and additional tensors are optional)."""
+        """Whether this problem has the operand at all (rpb, additional tensors and dropout are optional)."""
         if operand in ("rpb", "drpb"):
             return self.rpb_dtype is not None
+        if operand == "dropout_seed":
+            return self.dropout_p > 0
         return self.extra > 0 if "additional" in operand else True
 
 
@@ -220,13 +240,13 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value
 
 
-def problem_of(window: Window, views: Mapping[str, View | None]) -> Problem:
-    """The problem posed by q, k, v and the optional rpb, additional_keys, additional_values.
+def problem_of(window: Window, views: Mapping[str, View | None], dropout_p: float = 0.0) -> Problem:
+    """The problem posed by q, k, v and the optional rpb, additional_keys, additional_values, dropout_seed.
 
     Raises ValueError, naming argument, axis and numbers, for anything that is not a valid problem.
     """
-    q, k, v = (_required(views, name) for name in ("q", "k", "v"))
-    rpb, keys, values = (views.get(n) for n in ("rpb", "additional_keys", "additional_values"))
+    q, k, v = (required(views, name) for name in ("q", "k", "v"))
+    rpb, keys, values, seed = (views.get(n) for n in _OPTIONAL)
     rank = window.rank
     if len(q.shape) != rank + 3:
         raise ValueError(
@@ -250,27 +270,30 @@ def problem_of(window: Window, views: Mapping[str, View | None]) -> Problem:
         extra=0 if keys is None else keys.shape[1] if len(keys.shape) == 4 else -1,
         dtype=q.dtype,
         rpb_dtype=None if rpb is None else rpb.dtype,
+        dropout_p=dropout_p,
     )
-    _check_sizes(problem)
+    check_sizes(problem)
     if keys is not None and problem.extra < 1:
         raise ValueError(f"additional_keys has shape {keys.shape}; it takes [batch, extra >= 1, heads_kv, head_dim].")
-    if rpb is not None and rpb.dtype not in ("float32", q.dtype):
-        raise ValueError(f"rpb has dtype {rpb.dtype}; it must be float32 or q's {q.dtype}.")
-    given = {"q": q, "k": k, "v": v, "rpb": rpb, "additional_keys": keys, "additional_values": values}
-    for name, view in given.items():
+    check_bias(problem, rpb)
+    check_dropout(problem, seed)
+    for name, view in zip(("q", "k", "v", *_OPTIONAL), (q, k, v, rpb, keys, values, seed), strict=True):
         if view is not None:
             check_operand(problem, name, view, q.device)
     return problem
 
 
-def _required(views: Mapping[str, View | None], name: str) -> View:
+_OPTIONAL = ("rpb", "additional_keys", "additional_values", "dropout_seed")
+
+
+def required(views: Mapping[str, View | None], name: str) -> View:
     view = views.get(name)
     if view is None:
         raise ValueError(f"{name} is None; it is required.")
     return view
 
 
-def _check_sizes(problem: Problem) -> None:
+def check_sizes(problem: Problem) -> None:
     if problem.batch < 0:
         raise ValueError(f"batch is {problem.batch}; it must not be negative.")
     for axis, extent in enumerate(problem.spatial):
@@ -284,6 +307,20 @@ def _check_sizes(problem: Problem) -> None:
             f"q has {problem.heads} heads and k has {problem.heads_kv}: heads must be a multiple of heads_kv."
         )
     problem.window.check_fits(problem.spatial)
+
+
+def check_bias(problem: Problem, rpb: View | None) -> None:
+    if rpb is not None and rpb.dtype not in ("float32", problem.dtype):
+        raise ValueError(f"rpb has dtype {rpb.dtype}; it must be float32 or q's {problem.dtype}.")
+
+
+def check_dropout(problem: Problem, seed: View | None) -> None:
+    if not 0 <= problem.dropout_p < 1:
+        raise ValueError(f"dropout_p is {problem.dropout_p}; it must be in [0, 1).")
+    if (seed is not None) is not (problem.dropout_p > 0):
+        raise ValueError(
+            f"dropout_p {problem.dropout_p} goes {'without' if seed is not None else 'with'} dropout_seed."
+        )
 
 
 def check_operand(problem: Problem, name: str, view: View, device: Device) -> None:

@@ -93,26 +93,31 @@ def _values(v, additional_values, heads, dtype):
 
 def forward(
     q, k, v, window: Window, *, scale: float | None = None, rpb=None,
-    additional_keys=None, additional_values=None, dtype: type = np.float64,
+    additional_keys=None, additional_values=None, factors=None, dtype: type = np.float64,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """out and lse; ``scale`` defaults to head_dim ** -0.5, ``dtype`` is that of all arithmetic."""
+    """out and lse; ``scale`` defaults to head_dim ** -0.5, ``dtype`` is that of all arithmetic.
+
+    ``factors`` [batch, heads, queries, keys + extra], where given, multiply the softmax's weights (dropout).
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     p, lse = _probabilities(q, k, window, scale, rpb, additional_keys, dtype)
-    out = p @ _values(v, additional_values, q.shape[-2], dtype)
+    weights = p if factors is None else p * factors.astype(dtype)
+    out = weights @ _values(v, additional_values, q.shape[-2], dtype)
     return _heads_last(out, (*q.shape[:-1], v.shape[-1])), np.moveaxis(lse, 1, -1).reshape(q.shape[:-1])
 
 
 def backward(
     d_out, q, k, v, window: Window, *, scale: float | None = None, rpb=None,
-    additional_keys=None, additional_values=None, d_lse=None, dtype: type = np.float64,
+    additional_keys=None, additional_values=None, d_lse=None, factors=None, dtype: type = np.float64,
 ) -> Gradients:  # fmt: skip
     """Gradients of sum(out * d_out) + sum(lse * d_lse) with respect to every input."""
     heads, tokens = q.shape[-2], int(np.prod(q.shape[1:-2]))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     p, _ = _probabilities(q, k, window, scale, rpb, additional_keys, dtype)
     d_out = _heads_first(d_out, heads, dtype)
-    d_values = p.swapaxes(-1, -2) @ d_out
-    dp = d_out @ _values(v, additional_values, heads, dtype).swapaxes(-1, -2)
+    factors = np.ones_like(p) if factors is None else factors.astype(dtype)
+    d_values = (p * factors).swapaxes(-1, -2) @ d_out
+    dp = factors * (d_out @ _values(v, additional_values, heads, dtype).swapaxes(-1, -2))
     ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True))
     if d_lse is not None:
         ds = ds + p * _heads_first(np.asarray(d_lse)[..., None], heads, dtype)

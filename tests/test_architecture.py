@@ -14,7 +14,8 @@ FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "cupy", "tensorflow"}
 LAYERS = [
     {"natcore.views", "natcore.errors"},
     {"natcore.problem"},
-    {"natcore.reference", "natcore.planning", "natcore.models"},
+    {"natcore.unfused"},
+    {"natcore.reference", "natcore.reference_unfused", "natcore.reference_dropout", "natcore.planning", "natcore.models"},
     {"natcore.checkpoints", "natcore.cubin_cache"},
     {"natcore.compiling"},
     {"natcore.device"},

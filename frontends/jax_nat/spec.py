@@ -11,7 +11,7 @@ from typing import NamedTuple
 from natcore.planning import Config
 from natcore.problem import Call
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Source(NamedTuple):

@@ -40,6 +40,7 @@ def na2d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """2-D neighbourhood attention (Hassani et al., CVPR 2023; dilation: arXiv 2209.15001).
@@ -59,6 +60,9 @@ def na2d(
         additional_keys: ``[batch, extra, heads_kv, head_dim]``, seen by every query.
         additional_values: ``[batch, extra, heads_kv, head_dim_v]``.
         return_lse: also return the log-sum-exp of the scores; gradients flow through it.
+        dropout_p: probability with which an attention weight becomes 0 (the others are divided by
+            1 - dropout_p; the LSE is that of all). The seed comes from torch's default generator of q's
+            device, without a synchronisation, so `torch.manual_seed` makes it reproducible.
         config: an explicit kernel choice; the planner's own by default.
 
     Returns:
@@ -71,7 +75,7 @@ def na2d(
         NotImplementedError: for what the device cannot run, and for derivatives of derivatives.
     """
     window = (kernel_size, stride, dilation, is_causal)
-    return _call(2, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+    return _call(2, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config, dropout_p)
 
 
 def na1d(
@@ -88,11 +92,12 @@ def na1d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """1-D neighbourhood attention on ``[batch, length, heads, head_dim]``; otherwise as `na2d`."""
     window = (kernel_size, stride, dilation, is_causal)
-    return _call(1, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+    return _call(1, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config, dropout_p)
 
 
 def na3d(
@@ -109,11 +114,12 @@ def na3d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """3-D neighbourhood attention on ``[batch, depth, height, width, heads, head_dim]``; otherwise as `na2d`."""
     window = (kernel_size, stride, dilation, is_causal)
-    return _call(3, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+    return _call(3, (q, k, v), (rpb, additional_keys, additional_values), window, scale, return_lse, config, dropout_p)
 
 
 def na2d_qkvpacked(
@@ -128,6 +134,7 @@ def na2d_qkvpacked(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`na2d` on one ``[batch, height, width, 3, heads, head_dim]``, as a linear layer makes it.
@@ -135,7 +142,7 @@ def na2d_qkvpacked(
     Nothing is copied on the way in, and the gradient is written directly as one tensor of this shape.
     """
     window = (kernel_size, stride, dilation, is_causal)
-    return _call(2, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+    return _call(2, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config, dropout_p)
 
 
 def na1d_qkvpacked(
@@ -150,11 +157,12 @@ def na1d_qkvpacked(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`na1d` on one ``[batch, length, 3, heads, head_dim]``; otherwise as `na2d_qkvpacked`."""
     window = (kernel_size, stride, dilation, is_causal)
-    return _call(1, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+    return _call(1, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config, dropout_p)
 
 
 def na3d_qkvpacked(
@@ -169,11 +177,12 @@ def na3d_qkvpacked(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`na3d` on one ``[batch, depth, height, width, 3, heads, head_dim]``; otherwise as `na2d_qkvpacked`."""
     window = (kernel_size, stride, dilation, is_causal)
-    return _call(3, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config)
+    return _call(3, (qkv,), (rpb, additional_keys, additional_values), window, scale, return_lse, config, dropout_p)
 
 
 def _call(
@@ -184,12 +193,14 @@ def _call(
     scale: float | None,
     return_lse: bool,
     config: Config | None,
+    dropout_p: float,
 ) -> Any:
     """Shared by all six: ``leading`` is (q, k, v) or (qkv,), ``extras`` what may be None."""
+    extras = (*extras, _draw_seed(dropout_p, leading[0]))
     tensors = leading + extras
     if torch.compiler.is_compiling():
         lists = [_per_axis(rank, argument) for argument in window_arguments]
-        out, lse = ops.forward_of(len(leading))(*tensors, *lists, scale, ops.encode_config(config))
+        out, lse = ops.forward_of(len(leading))(*tensors, *lists, scale, ops.encode_config(config), dropout_p)
         return (out, lse) if return_lse else out
     if not _is_plain(leading, extras):
         _check_tensors(leading, extras)
@@ -197,16 +208,23 @@ def _call(
         if _C._are_functorch_transforms_active():
             if torch.is_autocast_enabled(leading[0].device.type):
                 tensors = transforms.cast_operands(tensors, len(leading), leading[0].device.type)
-            out, lse = transforms.Transformed.apply(window, scale, config, *tensors)
+            out, lse = transforms.Transformed.apply(window, scale, config, dropout_p, *tensors)
         else:
-            out, lse = ops.forward_of(len(leading))(*tensors, *ops.window_arguments(window, scale, config))
+            out, lse = ops.forward_of(len(leading))(*tensors, *ops.window_arguments(window, scale, config, dropout_p))
         return (out, lse) if return_lse else out
     window = launch.window_of(rank, *window_arguments)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, lse = _Attention.apply(window, scale, config, *tensors)
+        out, lse = _Attention.apply(window, scale, config, dropout_p, *tensors)
     else:
-        out, lse = launch.forward(window, scale, config, return_lse, leading, extras)
+        out, lse = launch.forward(window, scale, config, return_lse, leading, extras, dropout_p)
     return (out, lse) if return_lse else out
+
+
+def _draw_seed(dropout_p: float, like: Any) -> Tensor | None:
+    """32 random bits where the tensors are, so that nobody waits for them and graphs draw anew."""
+    if dropout_p == 0 or not isinstance(like, Tensor):
+        return None
+    return torch.randint(-(1 << 31), 1 << 31, (1,), dtype=torch.int32, device=like.device)
 
 
 def _per_axis(rank: int, argument: Any) -> list:
@@ -241,7 +259,7 @@ def _is_plain_tensor(tensor: Tensor) -> bool:
 def _check_tensors(leading: tuple, extras: tuple) -> None:
     """Raises TypeError for what is no tensor, NotImplementedError for forward-mode differentiation."""
     names = ("q", "k", "v") if len(leading) == 3 else ("qkv",)
-    given = zip((*names, "rpb", "additional_keys", "additional_values"), (*leading, *extras), strict=True)
+    given = zip((*names, "rpb", "additional_keys", "additional_values"), (*leading, *extras[:3]), strict=True)
     for name, tensor in given:
         if tensor is None and name not in names:
             continue
@@ -253,14 +271,17 @@ def _check_tensors(leading: tuple, extras: tuple) -> None:
             )
 
 
+_NO_CALL = (None, None, None, None)  # the gradient of a window, a scale, a config and a probability
+
+
 class _Attention(torch.autograd.Function):
     """The gradient of a plain eager call; the dispatcher's counterpart is in `ops`."""
 
     @staticmethod
-    def forward(ctx: Any, window: Window, scale: float | None, config: Config | None, *tensors: Any):
-        ctx.call = (window, scale, config)
+    def forward(ctx: Any, window: Window, scale: float | None, config: Config | None, dropout_p: float, *tensors: Any):
+        ctx.call = (window, scale, config, dropout_p)
         ctx.set_materialize_grads(False)
-        out, lse = launch.forward(window, scale, config, True, tensors[:-3], tensors[-3:])
+        out, lse = launch.forward(window, scale, config, True, tensors[:-4], tensors[-4:], dropout_p)
         ctx.save_for_backward(*tensors, out, lse)
         return out, lse
 
@@ -268,12 +289,13 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None):
         *tensors, out, lse = ctx.saved_tensors
-        leading, extras = tuple(tensors[:-3]), tuple(tensors[-3:])
+        leading, extras = tuple(tensors[:-4]), tuple(tensors[-4:])
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        window, scale, config = ctx.call
         if torch.compiler.is_compiling() or not _is_plain((d_out,), (d_lse,)):
-            arguments = ops.window_arguments(window, scale, config)
+            arguments = ops.window_arguments(*ctx.call)
             gradients = ops.backward_of(len(leading))(d_out, *leading, out, lse, d_lse, *extras, *arguments)
-            given = (None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=True))
-            return None, None, None, *given
-        return None, None, None, *launch.backward(window, scale, config, leading, (d_out, out, lse, d_lse), extras)
+            given = (None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=False))
+            return *_NO_CALL, *given, None
+        window, scale, config, dropout_p = ctx.call
+        saved = (d_out, out, lse, d_lse)
+        return *_NO_CALL, *launch.backward(window, scale, config, leading, saved, extras, dropout_p), None

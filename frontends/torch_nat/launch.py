@@ -32,6 +32,7 @@ from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
 
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_SEEDS = {torch.int32: "uint32"}
 _WORKSPACE_ALIGNMENT = 256
 
 #: Shape, strides, dtype and device: all of a tensor but its address.
@@ -67,16 +68,18 @@ def forward(
     with_lse: bool,
     leading: tuple[Tensor, ...],
     extras: tuple[Tensor | None, ...],
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """out, and lse where asked for. Raises ValueError for anything that is not a valid problem.
 
     ``leading``: q, k, v, or one packed [batch, *spatial, 3, heads, head_dim]; ``extras``: rpb,
-    additional_keys, additional_values.
+    additional_keys, additional_values, dropout_seed (int32 [1]).
     """
     first, *others = leading
     prepared = prepare_forward(
         window,
         config,
+        dropout_p,
         with_lse,
         (first.shape, first.stride(), first.dtype, first.device),
         *[(t.shape, t.stride(), t.dtype, t.device) for t in others],
@@ -96,15 +99,16 @@ def backward(
     leading: tuple[Tensor, ...],
     saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
     extras: tuple[Tensor | None, ...],
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``leading`` and ``extras``, as in `forward`; None for what was not given.
+    """The gradients of ``leading`` and ``extras`` but the seed, as in `forward`; None for what was not given.
 
     ``saved``: d_out, out, lse, d_lse. A packed gradient is written directly as one tensor.
     """
     d_out, out, lse, d_lse = saved
     d_out, d_lse = _readable(d_out), None if d_lse is None else _readable(d_lse)
     tensors = (d_out, *leading, out, lse, d_lse, *extras)
-    prepared = prepare_backward(window, config, *[None if t is None else describe(t) for t in tensors])
+    prepared = prepare_backward(window, config, dropout_p, *[None if t is None else describe(t) for t in tensors])
     device = d_out.device
     results = [None if r is None else torch.empty(r[0], dtype=r[1], device=device) for r in prepared.results]
     count = len(leading)
@@ -139,22 +143,25 @@ def _readable(gradient: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def prepare_forward(
-    window: Window, config: Config | None, with_lse: bool, *descriptions: Description | None
+    window: Window, config: Config | None, dropout_p: float, with_lse: bool, *descriptions: Description | None
 ) -> Prepared:
     """The call on tensors so described (q, k, v or qkv, and the extras): all checks, the plan, the kernels."""
-    return _prepare("forward", window, config, descriptions, ("out", "lse") if with_lse else ("out",))
+    return _prepare("forward", window, config, dropout_p, descriptions, ("out", "lse") if with_lse else ("out",))
 
 
 @lru_cache(maxsize=4096)
-def prepare_backward(window: Window, config: Config | None, *descriptions: Description | None) -> Prepared:
+def prepare_backward(
+    window: Window, config: Config | None, dropout_p: float, *descriptions: Description | None
+) -> Prepared:
     """As `prepare_forward`; the descriptions are those of d_out, q, k, v or qkv, out, lse, d_lse, extras."""
-    return _prepare("backward", window, config, descriptions, RESULTS["backward"])
+    return _prepare("backward", window, config, dropout_p, descriptions, RESULTS["backward"])
 
 
 def _prepare(
     direction: Direction,
     window: Window,
     config: Config | None,
+    dropout_p: float,
     descriptions: tuple[Description | None, ...],
     wanted: tuple[str, ...],
 ) -> Prepared:
@@ -165,7 +172,7 @@ def _prepare(
         assert packed is not None  # _is_plain and the schema admit no None there
         descriptions = (*descriptions[:at], *split_packed(window.rank, packed), *descriptions[at + 1 :])
     views = {name: None if d is None else view_of(name, d) for name, d in zip(inputs, descriptions, strict=True)}
-    problem = problem_of(window, views)
+    problem = problem_of(window, views, dropout_p)
     q = views["q"]
     assert q is not None  # problem_of raised otherwise
     for name, view in views.items():
@@ -197,6 +204,10 @@ def split_packed(rank: int, qkv: Description) -> tuple[Description, Description,
 def view_of(name: str, description: Description) -> View:
     """What natcore checks of one tensor; the address is left out."""
     shape, strides, dtype, device = description
+    if name == "dropout_seed":
+        return View(
+            0, tuple(shape), tuple(strides), _SEEDS.get(dtype, str(dtype)), Device(device.type, device.index or 0)
+        )
     if dtype not in _NAMES:
         raise ValueError(f"{name} has dtype {dtype}; supported are {', '.join(map(str, _NAMES))}.")
     return View(0, tuple(shape), tuple(strides), _NAMES[dtype], Device(device.type, device.index or 0))

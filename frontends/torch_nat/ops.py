@@ -18,8 +18,10 @@ from natcore.planning import Config
 from natcore.problem import Window, check_packed, problem_of
 from torch_nat import launch
 
-_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float? scale, str? config"
-_EXTRAS = "Tensor? rpb, Tensor? additional_keys, Tensor? additional_values"
+_WINDOW = (
+    "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float? scale, str? config, float dropout_p"
+)
+_EXTRAS = "Tensor? rpb, Tensor? additional_keys, Tensor? additional_values, Tensor? dropout_seed"
 _EXTRA_GRADIENTS = "Tensor drpb, Tensor d_additional_keys, Tensor d_additional_values"
 _SAVED = "Tensor out, Tensor lse, Tensor? d_lse"
 
@@ -41,10 +43,10 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
-def window_arguments(window: Window, scale: float | None, config: Config | None) -> tuple:
+def window_arguments(window: Window, scale: float | None, config: Config | None, dropout_p: float) -> tuple:
     """The trailing arguments of every operation."""
     lists = (list(x) for x in (window.kernel_size, window.stride, window.dilation, window.is_causal))
-    return (*lists, scale, encode_config(config))
+    return (*lists, scale, encode_config(config), dropout_p)
 
 
 def encode_config(config: Config | None) -> str | None:
@@ -79,55 +81,56 @@ def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_c
 # CPU and CUDA kernels.
 
 
-def _attention(q, k, v, rpb, keys, values, *window):
-    return _forward((q, k, v), (rpb, keys, values), *window)
+def _attention(q, k, v, rpb, keys, values, seed, *window):
+    return _forward((q, k, v), (rpb, keys, values, seed), *window)
 
 
-def _attention_packed(qkv, rpb, keys, values, *window):
-    return _forward((qkv,), (rpb, keys, values), *window)
+def _attention_packed(qkv, rpb, keys, values, seed, *window):
+    return _forward((qkv,), (rpb, keys, values, seed), *window)
 
 
-def _forward(leading, extras, kernel_size, stride, dilation, is_causal, scale, config):
+def _forward(leading, extras, kernel_size, stride, dilation, is_causal, scale, config, dropout_p):
     window = _window(kernel_size, stride, dilation, is_causal)
-    return launch.forward(window, scale, decode_config(config), True, leading, extras)
+    return launch.forward(window, scale, decode_config(config), True, leading, extras, dropout_p)
 
 
-def _attention_backward(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, *window):
-    return _backward((q, k, v), (d_out, out, lse, d_lse), (rpb, keys, values), *window)
+def _attention_backward(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, seed, *window):
+    return _backward((q, k, v), (d_out, out, lse, d_lse), (rpb, keys, values, seed), *window)
 
 
-def _attention_packed_backward(d_out, qkv, out, lse, d_lse, rpb, keys, values, *window):
-    return _backward((qkv,), (d_out, out, lse, d_lse), (rpb, keys, values), *window)
+def _attention_packed_backward(d_out, qkv, out, lse, d_lse, rpb, keys, values, seed, *window):
+    return _backward((qkv,), (d_out, out, lse, d_lse), (rpb, keys, values, seed), *window)
 
 
-def _backward(leading, saved, extras, kernel_size, stride, dilation, is_causal, scale, config):
+def _backward(leading, saved, extras, kernel_size, stride, dilation, is_causal, scale, config, dropout_p):
     window = _window(kernel_size, stride, dilation, is_causal)
-    gradients = launch.backward(window, scale, decode_config(config), leading, saved, extras)
+    gradients = launch.backward(window, scale, decode_config(config), leading, saved, extras, dropout_p)
     return tuple(saved[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 # Shapes alone. The checks are those of the kernels, so that a bad problem fails when it is traced.
 
 
-def _attention_fake(q, k, v, rpb, keys, values, kernel_size, stride, dilation, is_causal, *_):
+def _attention_fake(q, k, v, rpb, keys, values, seed, kernel_size, stride, dilation, is_causal, *rest):
     given = {"q": q, "k": k, "v": v, "rpb": rpb, "additional_keys": keys, "additional_values": values}
+    given["dropout_seed"] = seed
     views = {name: None if t is None else launch.view_of(name, launch.describe(t)) for name, t in given.items()}
-    problem_of(Window.of(len(kernel_size), kernel_size, stride, dilation, is_causal), views)
+    problem_of(Window.of(len(kernel_size), kernel_size, stride, dilation, is_causal), views, rest[-1])
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=lse_dtype)
 
 
-def _attention_packed_fake(qkv, rpb, keys, values, kernel_size, *window):
+def _attention_packed_fake(qkv, rpb, keys, values, seed, kernel_size, *window):
     check_packed(len(kernel_size), qkv.shape)
-    return _attention_fake(*qkv.unbind(-3), rpb, keys, values, kernel_size, *window)
+    return _attention_fake(*qkv.unbind(-3), rpb, keys, values, seed, kernel_size, *window)
 
 
-def _attention_backward_fake(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, *_):
+def _attention_backward_fake(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, seed, *_):
     extras = (d_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in (rpb, keys, values))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *extras
 
 
-def _attention_packed_backward_fake(d_out, qkv, out, lse, d_lse, rpb, keys, values, *_):
+def _attention_packed_backward_fake(d_out, qkv, out, lse, d_lse, rpb, keys, values, seed, *_):
     extras = (d_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in (rpb, keys, values))
     return qkv.new_empty(qkv.shape), *extras
 
@@ -136,20 +139,20 @@ def _attention_packed_backward_fake(d_out, qkv, out, lse, d_lse, rpb, keys, valu
 
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.window = inputs[:-6], inputs[-6:]
+    tensors, ctx.window = inputs[:-7], inputs[-7:]
     ctx.set_materialize_grads(False)  # a loss that does not use the LSE gives no d_lse
     ctx.save_for_backward(*tensors, *output)
 
 
 def formula(run: Callable[..., tuple[Tensor, ...]], leading: int) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The gradients of every argument, None for the last six, by the backward operation ``run``."""
+    """The gradients of every argument, None for the seed and the last seven, by the backward operation ``run``."""
 
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
         gradients = run(d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:], *ctx.window)
-        given = (None if tensor is None else gradient for tensor, gradient in zip(tensors, gradients, strict=True))
-        return *given, *(None for _ in ctx.window)
+        given = (None if tensor is None else gradient for tensor, gradient in zip(tensors, gradients, strict=False))
+        return *given, None, *(None for _ in ctx.window)
 
     return backward
 

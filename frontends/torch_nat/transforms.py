@@ -16,14 +16,14 @@ from torch_nat.ops import LIBRARY
 
 # Where the batch and the heads of each tensor argument are. A table of biases has no batch.
 _MAP, _LSE, _RPB = (0, -2), (0, -1), (None, 0)
-_EXTRAS = (_RPB, _MAP, _MAP)
+_EXTRAS, _SEED = (_RPB, _MAP, _MAP), (None, None)
 _FORWARD = (_MAP, _LSE)
 #: Per operation: the axes of its tensor arguments and of its results.
 _AXES = {
-    "attention": ((_MAP, _MAP, _MAP, *_EXTRAS), _FORWARD),
-    "attention_packed": ((_MAP, *_EXTRAS), _FORWARD),
-    "attention_backward": ((_MAP,) * 5 + (_LSE, _LSE, *_EXTRAS), (_MAP, _MAP, _MAP, *_EXTRAS)),
-    "attention_packed_backward": ((_MAP,) * 3 + (_LSE, _LSE, *_EXTRAS), (_MAP, *_EXTRAS)),
+    "attention": ((_MAP, _MAP, _MAP, *_EXTRAS, _SEED), _FORWARD),
+    "attention_packed": ((_MAP, *_EXTRAS, _SEED), _FORWARD),
+    "attention_backward": ((_MAP,) * 5 + (_LSE, _LSE, *_EXTRAS, _SEED), (_MAP, _MAP, _MAP, *_EXTRAS)),
+    "attention_packed_backward": ((_MAP,) * 3 + (_LSE, _LSE, *_EXTRAS, _SEED), (_MAP, *_EXTRAS)),
 }
 
 
@@ -31,20 +31,23 @@ def _vmap(name: str) -> Callable:
     """A rule that folds the mapped axis into the batch, or into the heads where biases differ along it.
 
     So do the gradients of a bias that was shared: each slice must get its own, and not their sum.
-    Heads fold with the mapped axis in front, which keeps the groups of GQA together.
+    Heads fold with the mapped axis in front, which keeps the groups of GQA together. With dropout nothing
+    is folded, since what a seed drops depends on the shape.
     """
     operation, (axes, result_axes) = getattr(torch.ops.natcore, name), _AXES[name]
     rpb_at = axes.index(_RPB)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple, tuple]:
         size, tensors, rest = info.batch_size, args[: len(axes)], args[len(axes) :]
+        if rest[-1] > 0:
+            return _one_by_one(operation, size, in_dims, args)
         by_heads = tensors[rpb_at] is not None and (in_dims[rpb_at] is not None or name.endswith("backward"))
         folded = [
             None if tensor is None else _fold(tensor, dim, heads if by_heads else batch, size)
             for tensor, dim, (batch, heads) in zip(tensors, in_dims, axes, strict=False)
         ]
         results = operation(*folded, *rest)
-        present = [tensor is not None for tensor in tensors[rpb_at:]]
+        present = [tensor is not None for tensor in tensors[rpb_at : rpb_at + len(_EXTRAS)]]
         present = [True] * (len(result_axes) - len(present)) + present if name.endswith("backward") else [True, True]
         return (
             tuple(
@@ -55,6 +58,16 @@ def _vmap(name: str) -> Callable:
         )
 
     return rule
+
+
+def _one_by_one(operation: Callable, size: int, in_dims: tuple[int | None, ...], args: tuple) -> tuple[tuple, tuple]:
+    """The operation on each slice."""
+    slices = [
+        operation(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    results = tuple(torch.stack(each) for each in zip(*slices, strict=True))
+    return results, (0,) * len(results)
 
 
 def _fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
@@ -116,19 +129,18 @@ class Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(window: Window, scale: float | None, config: Config | None, *tensors: Tensor | None):
-        return ops.forward_of(len(tensors) - 3)(*tensors, *ops.window_arguments(window, scale, config))
+    def forward(window: Window, scale: float | None, config: Config | None, dropout_p: float, *tensors: Tensor | None):
+        return ops.forward_of(len(tensors) - 4)(*tensors, *ops.window_arguments(window, scale, config, dropout_p))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        (window, scale, config), tensors = inputs[:3], inputs[3:]
-        ops.setup_context(ctx, (*tensors, *ops.window_arguments(window, scale, config)), output)
+        ops.setup_context(ctx, (*inputs[4:], *ops.window_arguments(*inputs[:4])), output)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        leading = len(ctx.saved_tensors) - 5  # without rpb, additional keys and values, out, lse
+        leading = len(ctx.saved_tensors) - 6  # without rpb, additional keys and values, seed, out, lse
         gradients = ops.formula(partial(_TransformedBackward.apply, leading), leading)(ctx, d_out, d_lse)
-        return None, None, None, *gradients[: leading + 3]
+        return None, None, None, None, *gradients[: leading + 4]
 
 
 class _TransformedBackward(torch.autograd.Function):

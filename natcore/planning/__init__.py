@@ -43,6 +43,7 @@ __all__ = [
     "facts_for_arch",
     "kernel_info",
     "plan_for",
+    "refusal",
 ]
 
 #: Every way to run a call, the preferred first. The general kernels, last, take every valid problem.
@@ -51,7 +52,16 @@ CANDIDATES: tuple[Candidate, ...] = (tiled.CANDIDATE, banded.CANDIDATE, general.
 
 def candidates(call: Call, facts: DeviceFacts) -> tuple[Candidate, ...]:
     """The candidates that can run the call on the GPU, the preferred first."""
-    return tuple(c for c in CANDIDATES if c.refusal(call, facts) is None)
+    return tuple(c for c in CANDIDATES if refusal(c, call, facts) is None)
+
+
+def refusal(candidate: Candidate, call: Call, facts: DeviceFacts) -> str | None:
+    """Why a candidate cannot run the call; None if it can."""
+    if call.direction not in candidate.directions:
+        return f"there is no {candidate.name} kernel for {call.direction}."
+    if call.problem.dropout_p > 0 and not candidate.dropout:
+        return f"dropout_p {call.problem.dropout_p}: attention dropout is for the general kernels."
+    return candidate.refusal(call, facts)
 
 
 def choose(call: Call, facts: DeviceFacts, config: Config | None = None) -> Candidate:
@@ -64,13 +74,13 @@ def choose(call: Call, facts: DeviceFacts, config: Config | None = None) -> Cand
         able = candidates(call, facts)
         if able:
             return able[0]
-        raise NotImplementedError(CANDIDATES[-1].refusal(call, facts))
+        raise NotImplementedError(refusal(CANDIDATES[-1], call, facts))
     named = {c.name: c for c in CANDIDATES}
     if config.kernel not in named:
         raise ValueError(f"config names the kernel {config.kernel!r}; there are {', '.join(named)}.")
-    refusal = named[config.kernel].refusal(call, facts)
-    if refusal is not None:
-        raise NotImplementedError(f"kernel {config.kernel!r} cannot run this call: {refusal}")
+    reason = refusal(named[config.kernel], call, facts)
+    if reason is not None:
+        raise NotImplementedError(f"kernel {config.kernel!r} cannot run this call: {reason}")
     return named[config.kernel]
 
 

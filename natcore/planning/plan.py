@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from natcore.problem import Call
+from natcore.problem import Call, Direction
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class Candidate:
     refusal: Callable[[Call, DeviceFacts], str | None]  # why it cannot run the call; None = it can
     plan: Callable[[Call, DeviceFacts, Mapping[str, int]], Plan]
     listed: Callable[[], tuple[Call, ...]]
+    directions: tuple[Direction, ...] = ("forward", "backward")
+    dropout: bool = False  # whether it drops attention weights
 
 
 def capability(arch: str) -> int:

@@ -12,6 +12,7 @@ import pytest
 from jax_nat import ffi_abi, handler
 from jax_nat.ffi_abi import Api, Buffer, CallFrame
 from jax_nat.flat_plan import ALIGNMENT, MESSAGES, FlatPlan, PlanTable
+from jax_nat.gate import guarded
 from jax_nat.numba_handler import compile_handler
 from jax_nat.spec import Source, Spec
 from natcore.planning import Config, Constant, KernelSpec, Launch, Operand, Plan, Scale, Workspace
@@ -39,7 +40,7 @@ class Recorder:
         workspace_message = ctypes.create_string_buffer(b"small workspace")
         self.address = compile_handler(
             cell=self.table.cell,
-            prepare=ffi_abi.guarded(self._prepare),
+            prepare=guarded(self._prepare),
             cu_launch=ffi_abi.address_of(launch),
             workspace_message=ctypes.addressof(workspace_message),
             messages=ctypes.addressof(messages),
@@ -116,7 +117,7 @@ def _spec(scale: float = 0.5, config: Config | None = None, batch: int = 1) -> S
 def _plan(workspace_bytes: int = 64) -> Plan:
     kernel = KernelSpec("kernel", (), "sm_90a")
     first = (Operand(0), Operand(1), Operand(3), Workspace(32), Scale("float32", 2.0), Constant(b"abcdefghi"))
-    second = (Operand(6), Scale("float64"), Operand(2))
+    second = (Operand(OPERANDS["forward"].index("out")), Scale("float64"), Operand(2))
     return Plan(
         (Launch(kernel, (5, 6, 7), (128, 2, 1), 4096, first), Launch(kernel, (1, 1, 1), (32, 1, 1), 0, second)),
         workspace_bytes,

@@ -98,7 +98,9 @@ def test_opcheck():
     case = BY_NAME["nat_packed"]
     tensors = tensors_of(inputs(case, "float32"), "cuda")
     given = [tensors[n] for n in "qkv"] + [tensors.get(n) for n in OPTIONAL]
-    torch.library.opcheck(torch.ops.natcore.attention, (*given, [7, 7], [1, 1], [1, 1], [False, False], None, None))
+    torch.library.opcheck(
+        torch.ops.natcore.attention, (*given, None, [7, 7], [1, 1], [1, 1], [False, False], None, None, 0.0)
+    )
 
 
 def test_work_and_gradients_stay_on_the_current_stream():

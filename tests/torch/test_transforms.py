@@ -15,7 +15,8 @@ BY_NAME = {case.name: case for case in CASES}
 def operands(case: Case, dtype: str = "float32") -> tuple[list, list]:
     """q, k, v, rpb, additional keys and values as leaves, and the window arguments of an operation."""
     tensors = tensors_of(inputs(case, dtype))
-    return [tensors.get(n) for n in ("q", "k", "v", *OPTIONAL)], list(ops.window_arguments(case.window, None, None))
+    window = list(ops.window_arguments(case.window, None, None, 0.0))
+    return [tensors.get(n) for n in ("q", "k", "v", *OPTIONAL, "dropout_seed")], window
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
@@ -29,10 +30,10 @@ def test_opcheck(name: str, packed: bool):
     forward, backward = (getattr(torch.ops.natcore, f"attention{suffix}{end}") for end in ("", "_backward"))
     torch.library.opcheck(forward, (*tensors, *window))
     out, lse = (t.detach() for t in forward(*tensors, *window))
-    leading, extras = tensors[: len(tensors) - 3], tensors[-3:]
+    leading, extras = tensors[: len(tensors) - 4], tensors[-4:]
     detached = [None if t is None else t.detach() for t in (*leading, *extras)]
     saved = (out, lse, torch.randn_like(lse))
-    torch.library.opcheck(backward, (torch.randn_like(out), *detached[:-3], *saved, *detached[-3:], *window))
+    torch.library.opcheck(backward, (torch.randn_like(out), *detached[:-4], *saved, *detached[-4:], *window))
 
 
 def test_config_survives_the_schema():

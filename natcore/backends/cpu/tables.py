@@ -13,6 +13,7 @@ ROWS = (
     *("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
     *("d_out", "d_lse", "dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
     *("sum_k", "sum_v", "sum_additional_keys", "sum_additional_values"),
+    *("dropout_seed", "scores", "weights", "d_scores", "d_weights"),
 )
 #: Its columns: address, dtype code, strides in bytes (the axis within a row is contiguous).
 #: Additional keys run along X; T of their sums is the slab.
@@ -22,6 +23,7 @@ ADDRESS, KIND, BATCH, T, Y, X, HEAD = range(COLUMNS)
     COLUMNS * row for row in range(16)
 )
 SUM_K, SUM_V, SUM_EXTRA_K, SUM_EXTRA_V = (COLUMNS * row for row in range(16, 20))
+(DROPOUT_SEED, PLACE_SCORES, PLACE_WEIGHTS, D_PLACE_SCORES, D_PLACE_WEIGHTS) = (COLUMNS * row for row in range(20, 25))
 
 #: What the kernels know of a problem besides; after these, the head of each lane.
 SIZES = (
