@@ -8,14 +8,13 @@ code come from these structures, so that the layout is written down once.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from ctypes import c_char_p, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 
 API_VERSION = (0, 1)  # the oldest version with these layouts; XLA accepts handlers of older minors
 COMMAND_BUFFER_COMPATIBLE = 1
 METADATA_EXTENSION = 1
 
-INVALID_ARGUMENT, FAILED_PRECONDITION, UNIMPLEMENTED, INTERNAL = 3, 9, 12, 13
+CANCELLED, INVALID_ARGUMENT, UNIMPLEMENTED, INTERNAL = 1, 3, 12, 13
 
 #: An XLA_FFI_Handler: takes an XLA_FFI_CallFrame*, returns an XLA_FFI_Error* or null.
 HandlerType = ctypes.CFUNCTYPE(c_void_p, c_void_p)
@@ -130,51 +129,18 @@ def text_attribute(frame: CallFrame, position: int) -> str:
     return ctypes.string_at(span.ptr, span.len).decode()
 
 
-def stream_of(frame: CallFrame) -> int:
-    """The CUstream on which a GPU handler must enqueue its work."""
-    return _from_context(frame, frame.api.contents.stream_get)
-
-
 def device_ordinal(frame: CallFrame) -> int:
-    return _from_context(frame, frame.api.contents.device_ordinal_get) & 0xFFFFFFFF  # an int32
-
-
-def _from_context(frame: CallFrame, getter: Callable) -> int:
+    """The ordinal of the GPU on which a handler must run."""
     arguments = ContextArgs(ctypes.sizeof(ContextArgs), None, frame.ctx, 0)
-    error = getter(ctypes.byref(arguments))
-    if error:
-        raise RuntimeError("XLA gave neither stream nor device to natcore's handler.")
-    return arguments.out
+    if frame.api.contents.device_ordinal_get(ctypes.byref(arguments)):
+        raise RuntimeError("XLA does not say on which device natcore's handler runs.")
+    return arguments.out & 0xFFFFFFFF  # an int32
 
 
 def make_error(frame: CallFrame, code: int, message: str) -> int:
     """An XLA_FFI_Error with a copy of this message; XLA owns it once it is returned."""
     arguments = ErrorCreateArgs(ctypes.sizeof(ErrorCreateArgs), None, message.encode(), code)
     return frame.api.contents.error_create(ctypes.byref(arguments))
-
-
-def guarded(body: Callable[[CallFrame], object]) -> int:
-    """The address of a C handler made from a Python function; it is never freed, for XLA may call it for ever.
-
-    It answers metadata itself and turns exceptions into XLA errors.
-    """
-
-    def handler(address: int) -> int | None:
-        frame = CallFrame.from_address(address)
-        try:
-            if not answer_metadata(frame):
-                body(frame)
-            return None
-        except BaseException as error:  # noqa: BLE001 - nothing may cross into C++
-            codes = {ValueError: INVALID_ARGUMENT, NotImplementedError: UNIMPLEMENTED}
-            return make_error(frame, codes.get(type(error), INTERNAL), f"natcore: {type(error).__name__}: {error}")
-
-    function = HandlerType(handler)
-    _forever.append(function)
-    return address_of(function)
-
-
-_forever: list[object] = []
 
 
 def address_of(function: object) -> int:

@@ -56,11 +56,17 @@ def _attend_bwd(static: _Static, saved: dict[str, jax.Array], cotangent: Result)
     gradients = run(_request(static, "backward", omitted), saved | cotangents)
     packed = {"qkv": "dqkv"} if static.packed else {"q": "dq", "k": "dk", "v": "dv"}
     names = packed | {"rpb": "drpb", "additional_keys": "d_additional_keys", "additional_values": "d_additional_values"}
-    return ({name: gradients[gradient] for name, gradient in names.items() if name in saved},)
+    return ({name: _like(saved[name], gradients[gradient]) for name, gradient in names.items() if name in saved},)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 _attend_jit = jax.jit(_attend, static_argnums=0)
+
+
+def _like(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """On a mesh with explicit axes, a gradient is sharded as its array."""
+    sharding = jax.typeof(x).sharding
+    return gradient if jax.typeof(gradient).sharding == sharding else jax.reshard(gradient, sharding)
 
 
 def _request(static: _Static, direction: Any, omitted: frozenset[str] = frozenset()) -> Request:

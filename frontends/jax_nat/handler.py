@@ -18,7 +18,8 @@ import jax.ffi
 from jax_nat import ffi_abi
 from jax_nat.ffi_abi import CallFrame
 from jax_nat.flat_plan import ALIGNMENT
-from jax_nat.spec import Spec
+from jax_nat.gate import guarded
+from jax_nat.spec import Source, Spec
 from natcore import backends
 from natcore.backends import Executable
 from natcore.views import Device
@@ -33,7 +34,8 @@ _KEY, _SPEC = 0, 1  # the attributes, in the order of their names
 
 _lock = threading.Lock()
 _registered: set[str] = set()
-_prepared: dict[tuple[int, Device], tuple[Spec, Executable]] = {}
+_CPU = Device("cpu")
+_prepared: dict[int, tuple[Spec, Executable]] = {}  # on the CPU, by key
 
 
 def register(platform: str) -> None:
@@ -72,7 +74,7 @@ def _has_driver() -> bool:
 def workspace_bytes(platform: str, spec: Spec) -> int:
     """Size of the workspace result, with room to align it. Raises as `natcore.backends.prepare` does."""
     if platform == "cpu":
-        needed = backends.prepare(spec.call, Device("cpu"), spec.config).workspace_bytes
+        needed = backends.prepare(spec.call, _CPU, spec.config).workspace_bytes
     else:
         from jax_nat import native
 
@@ -84,48 +86,41 @@ def spec_of(frame: CallFrame) -> Spec:
     return Spec.parse(ffi_abi.text_attribute(frame, _SPEC))
 
 
-def prepared(frame: CallFrame, device: Device) -> tuple[Spec, Executable]:
-    """What this call runs on a device, remembered by its key."""
-    place = (ffi_abi.integer_attribute(frame, _KEY), device)
-    found = _prepared.get(place)
+def _prepare_on_cpu(frame: CallFrame) -> tuple[Spec, Executable]:
+    key = ffi_abi.integer_attribute(frame, _KEY)
+    found = _prepared.get(key)
     if found is None:
         spec = spec_of(frame)
-        found = _prepared[place] = (spec, backends.prepare(spec.call, device, spec.config))
+        found = _prepared[key] = (spec, backends.prepare(spec.call, _CPU, spec.config))
     return found
 
 
-def execute(frame: CallFrame, device: Device, stream: int = 0) -> None:
-    """Runs one call from Python."""
-    spec, executable = prepared(frame, device)
-    pointers = [
-        0
-        if source is None
-        else ((frame.rets if source.is_result else frame.args).buffers[source.buffer].contents.data or 0)
-        + source.offset
-        for source in spec.sources
-    ]
-    executable(pointers, spec.scale, stream, _workspace(frame, spec, executable.workspace_bytes))
+def _execute_on_cpu(frame: CallFrame) -> None:
+    spec, executable = _prepare_on_cpu(frame)
+    pointers = [0 if source is None else _address(frame, source) for source in spec.sources]
+    executable(pointers, spec.scale, workspace=_workspace(frame, spec, executable.workspace_bytes))
+
+
+def _address(frame: CallFrame, source: Source) -> int:
+    group = frame.rets if source.is_result else frame.args
+    return (group.buffers[source.buffer].contents.data or 0) + source.offset
 
 
 def _workspace(frame: CallFrame, spec: Spec, needed: int) -> int:
+    """The aligned address of the workspace, 0 where none is needed."""
     if not needed:
         return 0
     given = frame.rets.buffers[spec.results].contents if frame.rets.size > spec.results else None
-    size = 0 if given is None else given.dims[0]
-    if given is None or size < needed + ALIGNMENT - 1:
-        raise RuntimeError(f"{WORKSPACE_MESSAGE} ({size} bytes, here {needed + ALIGNMENT - 1})")
+    if given is None or given.dims[0] < needed + ALIGNMENT - 1:
+        raise RuntimeError(WORKSPACE_MESSAGE)
     return -(-given.data // ALIGNMENT) * ALIGNMENT
 
 
 def _cpu_stages() -> dict[str, int]:
-    cpu = Device("cpu")
-    return {
-        "instantiate": ffi_abi.guarded(lambda frame: prepared(frame, cpu)),
-        "execute": ffi_abi.guarded(lambda frame: execute(frame, cpu)),
-    }
+    return {"instantiate": guarded(_prepare_on_cpu), "execute": guarded(_execute_on_cpu)}
 
 
 def _cuda_stages() -> dict[str, int]:
     from jax_nat import native
 
-    return {"instantiate": ffi_abi.guarded(native.instantiate), "execute": native.execute_stage()}
+    return {"instantiate": guarded(native.instantiate), "execute": native.execute_stage()}

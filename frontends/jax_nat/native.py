@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import warnings
 from functools import cache
 
 from jax_nat import ffi_abi, handler
 from jax_nat.ffi_abi import CallFrame
 from jax_nat.flat_plan import MESSAGES, FlatPlan, PlanTable
+from jax_nat.gate import guarded
 from jax_nat.spec import Spec
-from natcore.views import Device
 
 _table = PlanTable()
 _WORKSPACE_MESSAGE = ctypes.create_string_buffer(f"natcore: {handler.WORKSPACE_MESSAGE}".encode())
@@ -52,27 +51,16 @@ def _add(spec: Spec, device: int) -> None:
 
 @cache
 def execute_stage() -> int:
-    """The address of the execute stage's C handler: native, holding no GIL; in Python where numba is missing."""
-    try:
-        from jax_nat.numba_handler import compile_handler
-    except ImportError as error:
-        warnings.warn(
-            f"natcore: every JAX call on CUDA will pass through Python, which costs several times more "
-            f"({error}). pip install numba",
-            stacklevel=2,
-        )
-        return ffi_abi.guarded(_execute_in_python)
+    """The address of the execute stage's C handler: native, holding no GIL."""
+    from jax_nat.numba_handler import compile_handler
+
     return compile_handler(
         cell=_table.cell,
-        prepare=ffi_abi.guarded(_prepare_missing),
+        prepare=guarded(_prepare_missing),
         cu_launch=ffi_abi.address_of(ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx),
         workspace_message=ctypes.addressof(_WORKSPACE_MESSAGE),
         messages=ctypes.addressof(_messages()),
     )
-
-
-def _execute_in_python(frame: CallFrame) -> None:
-    handler.execute(frame, Device("cuda", ffi_abi.device_ordinal(frame)), ffi_abi.stream_of(frame))
 
 
 @cache

@@ -108,6 +108,43 @@ def test_shard_map_over_the_batch():
     assert python(_SHARDED, JAX_PLATFORMS="cpu", XLA_FLAGS=flags).startswith("2 ")
 
 
+_EXPLICIT = """
+import jax, jax.numpy as jnp, numpy as np, jax_nat
+from jax.sharding import PartitionSpec as P
+q = jnp.asarray(np.random.default_rng(0).standard_normal((4, 9, 9, 2, 8)), jnp.float32)
+value_and_grad = jax.jit(jax.value_and_grad(lambda q: jnp.sum(jnp.sin(jax_nat.na2d(q, q, q, 3)))))
+value, gradient = value_and_grad(q)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+with jax.set_mesh(mesh):
+    sharded = jax.device_put(q, jax.NamedSharding(mesh, P("data")))
+    sharded_value, sharded_gradient = value_and_grad(sharded)
+assert jax.typeof(sharded_gradient).sharding.spec[0] == "data"
+np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
+np.testing.assert_allclose(sharded_gradient, gradient, rtol=1e-5, atol=1e-5)
+"""
+
+
+def test_a_mesh_with_explicit_axes():
+    python(_EXPLICIT, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
+_LEAVING = """
+import jax, jax.numpy as jnp, jax_nat
+q = jnp.ones((8, 56, 56, 2, 32))
+f = jax.jit(lambda q: sum(jax_nat.na2d(q, q, q, k) for k in (7, 11, 13)))
+f(q).block_until_ready()
+for _ in range(4):
+    f(q)
+print("leaving")
+"""
+
+
+def test_the_interpreter_ends_while_work_is_in_flight():
+    """XLA's threads, which call into Python, must not wait for an interpreter that is going away."""
+    for _ in range(3):
+        assert python(_LEAVING, JAX_PLATFORMS="cpu") == "leaving\n"
+
+
 @pytest.mark.parametrize("missing", ["jax", "flax"])
 def test_without_jax_the_import_names_the_extra(missing):
     code = (
