@@ -14,6 +14,8 @@ threads ever add to the same key, and always in the same order.
 # ruff: noqa: I001  (the lists of table entries stay dense)
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from numba import njit
 
 from natcore.backends.cpu.bias import bias_block, forget_blocks, gradient_block, hand_in_all
@@ -23,13 +25,13 @@ from natcore.backends.cpu.memory import (
     rows_to_lanes, store_plane, store_queries,
 )  # fmt: skip
 from natcore.backends.cpu.products import BLOCK, add_to_keys
-from natcore.backends.cpu.simd import address_of, exp, load, outlined, pointer_to, shifted, store
+from natcore.backends.cpu.simd import address_of, exp, load, outlined, pointer_to, shifted, splat, store
 from natcore.backends.cpu.tables import (
     ADDRESS, AT_BIAS_SUMS, BATCH, CHUNK, CLEAR, D_LSE, D_OUT, D_OUT_LANES, D_OUT_ROWS, D_SCORES, DIRECT_K,
     DIRECT_SUM_K, DIRECT_SUM_V, DIRECT_V, DK, DQ, DRPB, DV, EXTRA, EXTRA_K, EXTRA_V, FINISH, FIRST_BATCH, GROUP,
     HEAD, HEAD_DIM, HEAD_DIM_V, HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES,
-    Q_ROWS, ROW_BUFFER, SCORES, STATE, SUM_EXTRA_K, SUM_EXTRA_V, SUM_K, SUM_LIST, SUM_ROWS, SUM_V, TILE_COUNT,
-    VALUE_LIST, VALUE_ROWS, K, Q, V,
+    Q_ROWS, REPEATED, ROW_BUFFER, SCORES, SINGLE, STATE, SUM_EXTRA_K, SUM_EXTRA_V, SUM_K, SUM_LIST, SUM_ROWS, SUM_V,
+    TILE_COUNT, VALUE_LIST, VALUE_ROWS, K, Q, V,
 )  # fmt: skip
 from natcore.backends.cpu.tile import add_values, fill, scale_all, scores_of, set_place, work_of
 
@@ -51,15 +53,15 @@ def load_tile(w, pitch, pitch_v, scale):
     load_queries(w, array(w, Q_ROWS), pitch, d, Q)
     scale_all(array(w, Q_ROWS), pitch * LANES, scale)
     rows_to_lanes(array(w, Q_LANES), array(w, Q_ROWS), pitch)
-    load_queries(w, state, 1, 1, LSE)
-    fill(shifted(state, SHIFT), LANES, 0)
+    load_queries(w, state, SINGLE, SINGLE, LSE)
+    store(state, SHIFT, splat(state, 0.0))
     if w.operands[D_LSE + ADDRESS]:
-        load_queries(w, shifted(state, SHIFT), 1, 1, D_LSE)
+        load_queries(w, shifted(state, SHIFT), SINGLE, SINGLE, D_LSE)
     load_queries(w, d_rows, pitch_v, dv, D_OUT)
     for lane in range(LANES):  # what comes in is zero where there is no query, and so is all that follows
         if not is_query(w, lane):
             state[SHIFT + lane] = 0
-            fill(shifted(d_rows, lane * pitch_v), pitch_v, 0)
+            fill(shifted(d_rows, lane * pitch_v), pitch_v, 0.0)
     rows_to_lanes(d_lanes, d_rows, pitch_v)
     load_queries(w, rows, pitch_v, dv, OUT)
     rows_to_lanes(out, rows, pitch_v)
@@ -107,21 +109,21 @@ def keys_gradient(w, direct, weights, rows, pitch, width, which, which_extra, fi
             sums[i] = address_of(own_rows, 0)  # of no weight
         add_to_sums(sums, weights, rows, pitch, number)
     elif w.operands[which + ADDRESS] or w.operands[which_extra + ADDRESS]:
-        fill(own_rows, padded * pitch, 0)
+        fill(own_rows, padded * pitch, 0.0)
         for i in range(padded):
             sums[i] = address_of(own_rows, i * pitch)
         add_to_sums(sums, weights, rows, pitch, number)
         add_rows(w, own_rows, pitch, width, which, which_extra, first, last)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def backward_tile(w, bias_sums, scale):
     d, dv, chunk = w.sizes[HEAD_DIM], w.sizes[HEAD_DIM_V], w.sizes[CHUNK]
     pitch, pitch_v = -(-d // LANES) * LANES, -(-dv // LANES) * LANES
     load_tile(w, pitch, pitch_v, scale)
     p, d_scores, state, dq = array(w, SCORES), array(w, D_SCORES), array(w, STATE), array(w, OUT_LANES)
     key_rows, value_rows, shift = array(w, KEY_ROWS), array(w, VALUE_ROWS), shifted(state, SHIFT)
-    fill(dq, pitch * LANES, 0)
+    fill(dq, pitch * LANES, 0.0)
     total = box_keys(w) + w.sizes[EXTRA]
     for first in range(0, total, chunk):
         last = min(first + chunk, total)
@@ -149,8 +151,8 @@ def clear(w, width, which, batch, kv):
     """Zeros in the sums of one batch entry and kv head."""
     if w.operands[which + ADDRESS]:
         row = array(w, ROW_BUFFER)
-        fill(row, -(-width // LANES) * LANES, 0)
-        store_plane(w, row, 0, width, which, batch, kv)
+        fill(row, -(-width // LANES) * LANES, 0.0)
+        store_plane(w, row, REPEATED, width, which, batch, kv)
 
 
 @njit(error_model="numpy")
@@ -162,26 +164,31 @@ def round_sums(w, like, width, sums, which, batch, kv):
         store_plane(w, source, width, width, which, batch, kv)
 
 
-@njit(error_model="numpy")
-def backward(task_address, scale):
-    """The tiles of a part of the map, for some batch entries and one kv head (see tables.TASK).
+def backward(digest: str) -> Callable[[int, float], None]:
+    """The kernel, still to be compiled; for the digest see forward.py."""
 
-    With CLEAR the sums are first set to zero, with FINISH the results are made of them at last.
-    """
-    task = pointer_to(task_address, task_address)
-    w, bias_sums = work_of(task, scale), pointer_to(task[AT_BIAS_SUMS], scale)
-    kv, d, dv = task[KV], w.sizes[HEAD_DIM], w.sizes[HEAD_DIM_V]
-    forget_blocks(w)
-    for batch in range(task[FIRST_BATCH], task[LAST_BATCH]):
-        if task[CLEAR]:
-            clear(w, d, SUM_K, batch, kv)
-            clear(w, dv, SUM_V, batch, kv)
-        for head in range(0, w.sizes[GROUP], w.sizes[HEADS_PER_TILE]):
-            for i in range(task[TILE_COUNT]):
-                set_place(w, task, i, batch, kv, head)
-                backward_tile(w, bias_sums, scale)
-        if task[FINISH]:
-            round_sums(w, scale, d, SUM_K, DK, batch, kv)
-            round_sums(w, scale, dv, SUM_V, DV, batch, kv)
-    if w.operands[DRPB + ADDRESS] and task[TILE_COUNT] > 0:
-        hand_in_all(w, bias_sums)
+    def backward_kernel(task_address, scale):
+        """The tiles of a part of the map, for some batch entries and one kv head (see tables.TASK).
+
+        With CLEAR the sums are first set to zero, with FINISH the results are made of them at last.
+        """
+        digest  # noqa: B018
+        task = pointer_to(task_address, task_address)
+        w, bias_sums = work_of(task, scale), pointer_to(task[AT_BIAS_SUMS], scale)
+        kv, d, dv = task[KV], w.sizes[HEAD_DIM], w.sizes[HEAD_DIM_V]
+        forget_blocks(w)
+        for batch in range(task[FIRST_BATCH], task[LAST_BATCH]):
+            if task[CLEAR]:
+                clear(w, d, SUM_K, batch, kv)
+                clear(w, dv, SUM_V, batch, kv)
+            for head in range(0, w.sizes[GROUP], w.sizes[HEADS_PER_TILE]):
+                for i in range(task[TILE_COUNT]):
+                    set_place(w, task, i, batch, kv, head)
+                    backward_tile(w, bias_sums, scale)
+            if task[FINISH]:
+                round_sums(w, scale, d, SUM_K, DK, batch, kv)
+                round_sums(w, scale, dv, SUM_V, DV, batch, kv)
+        if w.operands[DRPB + ADDRESS] and task[TILE_COUNT] > 0:
+            hand_in_all(w, bias_sums)
+
+    return backward_kernel

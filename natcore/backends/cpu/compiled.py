@@ -36,34 +36,7 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-# The entries below use their digest so that it is part of numba's key, as all variables of a closure are.
-
-
-def _forward(digest: str) -> Callable:
-    def entry(task, number):
-        digest  # noqa: B018
-        forward.forward(task, number)
-
-    return entry
-
-
-def _backward(digest: str) -> Callable:
-    def entry(task, number):
-        digest  # noqa: B018
-        backward.backward(task, number)
-
-    return entry
-
-
-def _store_all(digest: str) -> Callable:
-    def entry(task, number):
-        digest  # noqa: B018
-        memory.store_all(task, number)
-
-    return entry
-
-
-_ENTRIES = {"forward": _forward, "backward": _backward, "store_all": _store_all}
+_KERNELS = {"forward": forward.forward, "backward": backward.backward, "store_all": memory.store_all}
 
 
 @lru_cache(maxsize=16)
@@ -73,7 +46,7 @@ def kernel(name: str, dtype: str) -> Callable[[int, object], None]:
     Compiling takes seconds, reading what an earlier process compiled milliseconds. Where numba can
     keep nothing on disk it compiles for this process alone.
     """
-    entry, types = _ENTRIES[name](_digest()), (numba.types.int64, getattr(numba.types, dtype))
+    entry, types = _KERNELS[name](_digest()), (numba.types.int64, getattr(numba.types, dtype))
     with _lock:
         try:
             compiled = njit(cache=True, nogil=True, error_model="numpy")(entry)

@@ -12,6 +12,8 @@ softmax: Milakov and Gimelshein, 2018).
 # ruff: noqa: I001  (the lists of table entries stay dense)
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from numba import njit
 
 from natcore.backends.cpu.bias import MASKED, bias_block, forget_blocks
@@ -19,10 +21,10 @@ from natcore.backends.cpu.geometry import LANES
 from natcore.backends.cpu.memory import (
     array, box_keys, lanes_to_rows, load_keys, load_queries, rows_to_lanes, store_queries,
 )  # fmt: skip
-from natcore.backends.cpu.simd import exp, load, log, maximum, outlined, pointer_to, shifted, splat, store
+from natcore.backends.cpu.simd import exp, load, log, maximum, outlined, pointer_to, splat, store
 from natcore.backends.cpu.tables import (
     ADDRESS, CHUNK, DIRECT_K, DIRECT_V, EXTRA, EXTRA_K, EXTRA_V, FIRST_BATCH, GROUP, HEAD_DIM, HEAD_DIM_V,
-    HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES, ROW_BUFFER, SCORES, STATE,
+    HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES, ROW_BUFFER, SCORES, SINGLE, STATE,
     TILE_COUNT, VALUE_LIST, K, Q, V,
 )  # fmt: skip
 from natcore.backends.cpu.tile import add_values, fill, scale_all, scores_of, set_place, work_of
@@ -57,7 +59,7 @@ def finish(out, count, state):
         store(out, i, load(out, i) * factor)
 
 
-@njit(error_model="numpy")
+@njit(error_model="numpy", inline="always")
 def forward_tile(w, scale):
     d, dv, chunk = w.sizes[HEAD_DIM], w.sizes[HEAD_DIM_V], w.sizes[CHUNK]
     pitch, pitch_v = -(-d // LANES) * LANES, -(-dv // LANES) * LANES
@@ -66,9 +68,9 @@ def forward_tile(w, scale):
     load_queries(w, rows, pitch, d, Q)
     rows_to_lanes(q_lanes, rows, pitch)
     scale_all(q_lanes, pitch * LANES, scale)
-    fill(out, pitch_v * LANES, 0)
-    fill(state, LANES, MASKED)
-    fill(shifted(state, LANES), LANES, 0)
+    fill(out, pitch_v * LANES, 0.0)
+    store(state, 0, splat(state, MASKED))
+    store(state, LANES, splat(state, 0.0))
     total = box_keys(w) + w.sizes[EXTRA]
     for first in range(0, total, chunk):
         last = min(first + chunk, total)
@@ -84,17 +86,22 @@ def forward_tile(w, scale):
         lanes_to_rows(rows, out, pitch_v)
         store_queries(w, rows, pitch_v, dv, OUT)
     if w.operands[LSE + ADDRESS]:
-        store_queries(w, state, 1, 1, LSE)
+        store_queries(w, state, SINGLE, SINGLE, LSE)
 
 
-@njit(error_model="numpy")
-def forward(task_address, scale):
-    """The tiles of a part of the map, for some batch entries and one kv head (see tables.TASK)."""
-    task = pointer_to(task_address, task_address)
-    w = work_of(task, scale)
-    forget_blocks(w)
-    for batch in range(task[FIRST_BATCH], task[LAST_BATCH]):
-        for head in range(0, w.sizes[GROUP], w.sizes[HEADS_PER_TILE]):
-            for i in range(task[TILE_COUNT]):
-                set_place(w, task, i, batch, task[KV], head)
-                forward_tile(w, scale)
+def forward(digest: str) -> Callable[[int, float], None]:
+    """The kernel, still to be compiled. That it uses the digest makes this a part of numba's key to its cache."""
+
+    def forward_kernel(task_address, scale):
+        """The tiles of a part of the map, for some batch entries and one kv head (see tables.TASK)."""
+        digest  # noqa: B018
+        task = pointer_to(task_address, task_address)
+        w = work_of(task, scale)
+        forget_blocks(w)
+        for batch in range(task[FIRST_BATCH], task[LAST_BATCH]):
+            for head in range(0, w.sizes[GROUP], w.sizes[HEADS_PER_TILE]):
+                for i in range(task[TILE_COUNT]):
+                    set_place(w, task, i, batch, task[KV], head)
+                    forward_tile(w, scale)
+
+    return forward_kernel

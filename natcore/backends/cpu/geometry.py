@@ -29,9 +29,9 @@ LANES = 16
 #: Columns of an axis tile: coordinate of its first key, number of keys, then one per lane each:
 #: the query's coordinate; the window [start, end) and what makes a table entry of a key, all
 #: counted from the first key; whether the lane has a query of its own.
-FIRST, COUNT = 0, 1
-POSITION, START, END, ENTRY, VALID = (2 + LANES * i for i in range(5))
-AXIS_COLUMNS = 2 + LANES * 5
+FIRST, COUNT = np.int64(0), np.int64(1)
+POSITION, START, END, ENTRY, VALID = (np.int64(2 + LANES * i) for i in range(5))
+AXIS_COLUMNS = np.int64(2 + LANES * 5)
 #: A tile's fixed work (loading queries, softmax bookkeeping), in keys.
 _TILE_OVERHEAD = 24
 

@@ -7,6 +7,8 @@ of 16, so that whole vectors can be used.
 # ruff: noqa: I001  (the lists of table entries stay dense)
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from numba import njit
 
 from natcore.backends.cpu.convert import read, write
@@ -228,22 +230,27 @@ def store_plane(w, source, pitch, count, which, batch, head):
             store_line(operand[KIND], address, operand[X], addresses, line, pitch, w.sizes[EXTENT_X], count)
 
 
-@njit(error_model="numpy")
-def store_all(table_address, like):
-    """A whole operand from contiguous numbers [heads, batch, t, y, x, count] of the type of ``like``.
+def store_all(digest: str) -> Callable[[int, float], None]:
+    """A kernel, still to be compiled; for the digest see forward.py."""
 
-    The table: the operand's row (see tables.ROWS), the address of the numbers, their shape, and room for 16 more.
-    """
-    operand = pointer_to(table_address, table_address)
-    shape = shifted(operand, COLUMNS + 1)
-    source = pointer_to(operand[COLUMNS], like)
-    for head in range(shape[0]):
-        for batch in range(shape[1]):
-            for t in range(shape[2]):
-                for y in range(shape[3]):
-                    address = operand[ADDRESS] + head * operand[HEAD] + batch * operand[BATCH]
-                    address += t * operand[T] + y * operand[Y]
-                    store_line(
-                        operand[KIND], address, operand[X], shifted(shape, 6), source, shape[5], shape[4], shape[5]
-                    )
-                    source = shifted(source, shape[4] * shape[5])
+    def store_all_kernel(table_address, like):
+        """A whole operand from contiguous numbers [heads, batch, t, y, x, count] of the type of ``like``.
+
+        The table: the operand's row (see tables.ROWS), the address of the numbers, their shape, and room for 16 more.
+        """
+        digest  # noqa: B018
+        operand = pointer_to(table_address, table_address)
+        shape = shifted(operand, COLUMNS + 1)
+        source = pointer_to(operand[COLUMNS], like)
+        for head in range(shape[0]):
+            for batch in range(shape[1]):
+                for t in range(shape[2]):
+                    for y in range(shape[3]):
+                        address = operand[ADDRESS] + head * operand[HEAD] + batch * operand[BATCH]
+                        address += t * operand[T] + y * operand[Y]
+                        store_line(
+                            operand[KIND], address, operand[X], shifted(shape, 6), source, shape[5], shape[4], shape[5]
+                        )
+                        source = shifted(source, shape[4] * shape[5])
+
+    return store_all_kernel

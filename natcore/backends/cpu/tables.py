@@ -7,23 +7,27 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
+
+def _names(number: int, step: int = 1, first: int = 0) -> list[np.int64]:
+    """first, first + step, ...: of NumPy's type, because numba compiles a function again for each Python int."""
+    return [np.int64(first + step * i) for i in range(number)]
+
+
 #: The operand table: one row per operand of either direction, and where dk, dv and the gradients of
 #: additional keys and values are summed before they are rounded.
 ROWS = (
     *("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
     *("d_out", "d_lse", "dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
     *("sum_k", "sum_v", "sum_additional_keys", "sum_additional_values"),
-    *("dropout_seed", "scores", "weights", "d_scores", "d_weights"),
 )
 #: Its columns: address, dtype code, strides in bytes (the axis within a row is contiguous).
 #: Additional keys run along X; T of their sums is the slab.
-COLUMNS = 7
-ADDRESS, KIND, BATCH, T, Y, X, HEAD = range(COLUMNS)
-(Q, K, V, RPB, EXTRA_K, EXTRA_V, OUT, LSE, D_OUT, D_LSE, DQ, DK, DV, DRPB, D_EXTRA_K, D_EXTRA_V) = (
-    COLUMNS * row for row in range(16)
-)
-SUM_K, SUM_V, SUM_EXTRA_K, SUM_EXTRA_V = (COLUMNS * row for row in range(16, 20))
-(DROPOUT_SEED, PLACE_SCORES, PLACE_WEIGHTS, D_PLACE_SCORES, D_PLACE_WEIGHTS) = (COLUMNS * row for row in range(20, 25))
+COLUMNS = np.int64(7)
+ADDRESS, KIND, BATCH, T, Y, X, HEAD = _names(7)
+Q, K, V, RPB, EXTRA_K, EXTRA_V, OUT, LSE, D_OUT, D_LSE, DQ, DK, DV, DRPB, D_EXTRA_K, D_EXTRA_V = _names(16, COLUMNS)
+SUM_K, SUM_V, SUM_EXTRA_K, SUM_EXTRA_V = _names(4, COLUMNS, 16 * COLUMNS)
 
 #: What the kernels know of a problem besides; after these, the head of each lane.
 SIZES = (
@@ -37,7 +41,7 @@ SIZES = (
 )
 (HEAD_DIM, HEAD_DIM_V, EXTRA, GROUP, HEADS_PER_TILE, DILATION_T, DILATION_Y, DILATION_X, EXTENT_T, EXTENT_Y, EXTENT_X,
  TABLE_T, TABLE_Y, TABLE_X, CLASSES, CHUNK, CHUNKS, SLOTS, DIRECT_K, DIRECT_V, DIRECT_SUM_K, DIRECT_SUM_V,
- LANE_HEAD) = range(len(SIZES) + 1)  # fmt: skip
+ LANE_HEAD) = _names(len(SIZES) + 1)  # fmt: skip
 
 #: A piece of work: addresses of the tables, then what part of the problem it is.
 TASK = (
@@ -45,16 +49,16 @@ TASK = (
     *("kv", "first_batch", "last_batch", "tile_count", "slab", "clear", "finish"),
 )
 (AT_OPERANDS, AT_AXIS_TILES, AT_TILES, AT_SIZES, AT_INTEGERS, AT_SCRATCH, AT_LAYOUT, AT_BIAS_SUMS,
- KV, FIRST_BATCH, LAST_BATCH, TILE_COUNT, SLAB, CLEAR, FINISH) = range(len(TASK))  # fmt: skip
+ KV, FIRST_BATCH, LAST_BATCH, TILE_COUNT, SLAB, CLEAR, FINISH) = _names(len(TASK))  # fmt: skip
 
 #: Integers that a worker keeps: the tile at hand (batch entry, kv head, first head and how many
 #: there are from there on in the group, rows of the axis tiles as offsets, class, slab); an address
 #: and the bias table's entry per lane; the owner of each slot for a bias block and of the loaded
 #: tables; then, per slot, a record of what its gradient is of; then addresses of keys.
-(PLACE_BATCH, PLACE_KV, PLACE_HEAD, PLACE_HEADS, PLACE_T, PLACE_Y, PLACE_X, PLACE_CLASS, PLACE_SLAB) = range(9)
-LANE_ADDRESS, ENTRIES, OWNER = 16, 32, 48
+(PLACE_BATCH, PLACE_KV, PLACE_HEAD, PLACE_HEADS, PLACE_T, PLACE_Y, PLACE_X, PLACE_CLASS, PLACE_SLAB) = _names(9)
+LANE_ADDRESS, ENTRIES, OWNER = _names(3, 16, 16)
 #: A record: entry per lane, keys of the box along y and x, the first key and the number of keys.
-RECORD_KEYS_Y, RECORD_KEYS_X, RECORD_FIRST, RECORD_COUNT, RECORD = 16, 17, 18, 19, 20
+RECORD_KEYS_Y, RECORD_KEYS_X, RECORD_FIRST, RECORD_COUNT, RECORD = _names(5, 1, 16)
 
 #: Scratch of a worker in the dtype of the arithmetic; the layout table has the offset of each, and
 #: then those of the lists of addresses among the integers.
@@ -64,12 +68,15 @@ SCRATCH = (
 )
 LISTS = ("keys", "values", "sums")
 (ROW_BUFFER, Q_LANES, KEY_ROWS, VALUE_ROWS, SCORES, BIAS, BOUNDS, TABLE, OUT_LANES, STATE,
- SQUARES, Q_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, SUM_ROWS, D_BIAS) = range(len(SCRATCH))  # fmt: skip
-KEY_LIST, VALUE_LIST, SUM_LIST = range(len(SCRATCH), len(SCRATCH) + len(LISTS))
+ SQUARES, Q_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, SUM_ROWS, D_BIAS) = _names(len(SCRATCH))  # fmt: skip
+KEY_LIST, VALUE_LIST, SUM_LIST = _names(len(LISTS), 1, len(SCRATCH))
 
 
 #: Elements before and after bias tables (and sums of their gradients): lines of a tile overhang them.
-TABLE_BEFORE, TABLE_AFTER = 16, 32
+TABLE_BEFORE, TABLE_AFTER = _names(2, 16, 16)
+
+#: Pitches: of rows of one number, and of one row that stands for all.
+SINGLE, REPEATED = np.int64(1), np.int64(0)
 
 
 class Work(NamedTuple):
