@@ -16,9 +16,9 @@ IMAGE_SIZE = 56
 
 #: Two stages of two blocks, on maps of 14x14 and 7x7: every 5x5 window is smaller than its map.
 CONFIG = NATConfig(
-    embed_dim=32,
+    embed_dim=64,
     depths=(2, 2),
-    num_heads=(1, 2),
+    num_heads=(2, 4),
     mlp_ratio=2,
     drop_path_rate=0.05,
     kernel_size=5,

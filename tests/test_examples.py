@@ -1,0 +1,44 @@
+"""Every example runs, at a small size, as its docstring says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def _run(script: str, *arguments: object) -> str:
+    command = [sys.executable, EXAMPLES / script, *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_raw_arrays():
+    printed = _run("raw_arrays.py", "--size", 12)
+    assert "NumPy: out (1, 12, 12, 2, 32) float32, dq (1, 12, 12, 2, 32), drpb (2, 9, 9)" in printed
+    difference = re.search(r"definition: (\S+)", printed)
+    assert difference and float(difference[1]) < 1e-5
+
+
+def test_training_in_torch_then_inference_in_jax(tmp_path: Path):
+    pytest.importorskip("torch")
+    pytest.importorskip("flax")
+    small = ["--epochs", 1, "--train", 100, "--validation", 40]
+    trained = _run("train_torch.py", "--out", tmp_path, *small)
+    inferred = _run("infer_jax.py", tmp_path / "model.safetensors", "--validation", 40)
+    accuracy = re.search(r"model.safetensors: validation accuracy (\S+)", trained)
+    assert accuracy and f"accuracy {accuracy[1]}" in inferred
+    assert "depends most on pixel" in inferred
+
+
+def test_every_example_is_tested_and_says_how_to_run_it():
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    for script in EXAMPLES.glob("*.py"):
+        if script.name == "digits.py":  # a module that the others share
+            continue
+        assert f"python examples/{script.name}" in script.read_text(encoding="utf-8")
+        assert f'"{script.name}"' in tests
