@@ -21,6 +21,7 @@ ROWS = (
     *("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
     *("d_out", "d_lse", "dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
     *("sum_k", "sum_v", "sum_additional_keys", "sum_additional_values"),
+    *("dropout_seed", "scores", "weights", "d_scores", "d_weights"),
 )
 #: Its columns: address, dtype code, strides in bytes (the axis within a row is contiguous).
 #: Additional keys run along X; T of their sums is the slab.
@@ -28,6 +29,7 @@ COLUMNS = np.int64(7)
 ADDRESS, KIND, BATCH, T, Y, X, HEAD = _names(7)
 Q, K, V, RPB, EXTRA_K, EXTRA_V, OUT, LSE, D_OUT, D_LSE, DQ, DK, DV, DRPB, D_EXTRA_K, D_EXTRA_V = _names(16, COLUMNS)
 SUM_K, SUM_V, SUM_EXTRA_K, SUM_EXTRA_V = _names(4, COLUMNS, 16 * COLUMNS)
+DROPOUT_SEED, PLACE_SCORES, PLACE_WEIGHTS, D_PLACE_SCORES, D_PLACE_WEIGHTS = _names(5, COLUMNS, 20 * COLUMNS)
 
 #: What the kernels know of a problem besides; after these, the head of each lane.
 SIZES = (
