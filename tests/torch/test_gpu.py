@@ -77,7 +77,10 @@ def test_tensors_at_odd_addresses():
     q = draw(2, 14, 14, 2, 32, dtype=torch.float16)
     shifted = torch.empty(q.numel() + 1, dtype=q.dtype, device="cuda")[1:].view(q.shape).copy_(q)
     assert shifted.data_ptr() % 4 == 2
-    torch.testing.assert_close(torch_nat.na2d(shifted, shifted, shifted, 7), torch_nat.na2d(q, q, q, 7))
+    # Other kernels take it, so the two may round differently in the last place of float16.
+    torch.testing.assert_close(
+        torch_nat.na2d(shifted, shifted, shifted, 7), torch_nat.na2d(q, q, q, 7), atol=1e-3, rtol=2e-3
+    )
 
 
 def test_gradcheck():
