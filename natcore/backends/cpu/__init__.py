@@ -35,13 +35,19 @@ class CpuBackend:
         """Compiles what the call needs, or reads it from numba's cache."""
         if config is not None:
             raise NotImplementedError(f"config {config!r}: the CPU has one kernel and takes no config; pass None.")
+        if call.problem.dropout_p > 0:
+            raise NotImplementedError(
+                f"dropout_p {call.problem.dropout_p}: the CPU has no attention dropout; the nearest supported is 0."
+            )
         if call.direction == "forward":
             from natcore.backends.cpu.executable import Executable
 
             return Executable(call)
-        from natcore.backends.cpu.gradients import BackwardExecutable
+        if call.direction == "backward":
+            from natcore.backends.cpu.gradients import BackwardExecutable
 
-        return BackwardExecutable(call)
+            return BackwardExecutable(call)
+        raise NotImplementedError(f"{call.direction}: the CPU runs forward and backward; fuse scores and sums.")
 
 
 BACKEND = CpuBackend()
