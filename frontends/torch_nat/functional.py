@@ -40,7 +40,7 @@ def na2d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """2-D neighbourhood attention (Hassani et al., CVPR 2023; dilation: arXiv 2209.15001).
@@ -92,7 +92,7 @@ def na1d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """1-D neighbourhood attention on ``[batch, length, heads, head_dim]``; otherwise as `na2d`."""
@@ -114,7 +114,7 @@ def na3d(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """3-D neighbourhood attention on ``[batch, depth, height, width, heads, head_dim]``; otherwise as `na2d`."""
@@ -134,7 +134,7 @@ def na2d_qkvpacked(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`na2d` on one ``[batch, height, width, 3, heads, head_dim]``, as a linear layer makes it.
@@ -157,7 +157,7 @@ def na1d_qkvpacked(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`na1d` on one ``[batch, length, 3, heads, head_dim]``; otherwise as `na2d_qkvpacked`."""
@@ -177,7 +177,7 @@ def na3d_qkvpacked(
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
     return_lse: bool = False,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,
     config: Config | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`na3d` on one ``[batch, depth, height, width, 3, heads, head_dim]``; otherwise as `na2d_qkvpacked`."""
@@ -221,7 +221,10 @@ def _call(
 
 
 def _draw_seed(dropout_p: float, like: Any) -> Tensor | None:
-    """32 random bits where the tensors are, so that nobody waits for them and graphs draw anew."""
+    """32 random bits where the tensors are, so that nobody waits for them and graphs draw anew.
+
+    The default 0 is an int because compilers may treat a float as a variable, which an `if` then undoes.
+    """
     if dropout_p == 0 or not isinstance(like, Tensor):
         return None
     return torch.randint(-(1 << 31), 1 << 31, (1,), dtype=torch.int32, device=like.device)
