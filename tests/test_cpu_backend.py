@@ -9,6 +9,7 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def test_a_query_that_is_nan_gives_nan_to_itself_alone() -> None:
     arrays["q"][0, 3, 5, 1, 2] = np.nan
     results = both(LARGE, arrays)
     for name in ("out", "dq"):
-        nan = np.isnan(results[name]).any(axis=-1)
+        nan = np.asarray(np.isnan(results[name]).any(axis=-1))
         assert nan.sum() == 1, name
         assert nan[0, 3, 5, 1], name
 
@@ -265,7 +266,7 @@ def test_memory_is_linear_in_the_input() -> None:
 def test_kernels_compile_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     real, asked = compiled.njit, []
 
-    def njit(**options: object):
+    def njit(**options: Any) -> Any:
         asked.append(options.get("cache", False))
         if options.get("cache"):
             raise RuntimeError("cannot cache function: no locator available")

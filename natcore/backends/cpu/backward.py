@@ -172,7 +172,7 @@ def backward(digest: str) -> Callable[[int, float], None]:
 
         With CLEAR the sums are first set to zero, with FINISH the results are made of them at last.
         """
-        digest  # noqa: B018
+        _ = digest
         task = pointer_to(task_address, task_address)
         w, bias_sums = work_of(task, scale), pointer_to(task[AT_BIAS_SUMS], scale)
         kv, d, dv = task[KV], w.sizes[HEAD_DIM], w.sizes[HEAD_DIM_V]

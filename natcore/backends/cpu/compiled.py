@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numba
 from numba import njit
@@ -40,7 +40,7 @@ _KERNELS = {"forward": forward.forward, "backward": backward.backward, "store_al
 
 
 @lru_cache(maxsize=16)
-def kernel(name: str, dtype: str) -> Callable[[int, object], None]:
+def kernel(name: str, dtype: str) -> Any:
     """A kernel, a function of (an address, a number), in arithmetic of ``dtype``, float32 or float64.
 
     Compiling takes seconds, reading what an earlier process compiled milliseconds. Where numba can

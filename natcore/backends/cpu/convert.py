@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core.extending import intrinsic
 
-from natcore.backends.cpu.simd import I16, I32, I64, constant, element_at, item_bytes
+from natcore.backends.cpu.simd import I16, I32, I64, constant, element_at, intrinsic, item_bytes
 
 #: The dtype codes of memory, in this order, and their sizes.
 KINDS = ("float64", "float32", "float16", "bfloat16")

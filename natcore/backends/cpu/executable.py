@@ -180,7 +180,7 @@ def _scratch_lengths(sizes: np.ndarray, backward: bool) -> list[int]:
         "scores": chunk * LANES,
         "bias": bias,
         "bounds": 6 * LANES,
-        "table": padded(TABLE_BEFORE + tables + TABLE_AFTER),
+        "table": padded(int(TABLE_BEFORE + TABLE_AFTER) + tables),
         "squares": 2 * LANES * LANES,
         "out_lanes": LANES * wide,
         "state": 3 * LANES,

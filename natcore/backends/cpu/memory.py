@@ -238,7 +238,7 @@ def store_all(digest: str) -> Callable[[int, float], None]:
 
         The table: the operand's row (see tables.ROWS), the address of the numbers, their shape, and room for 16 more.
         """
-        digest  # noqa: B018
+        _ = digest
         operand = pointer_to(table_address, table_address)
         shape = shifted(operand, COLUMNS + 1)
         source = pointer_to(operand[COLUMNS], like)

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core.extending import intrinsic
 
-from natcore.backends.cpu.simd import FAST, I32, I64, LANES, broadcast, element_at, item_bytes, vector_of
+from natcore.backends.cpu.simd import FAST, I32, I64, LANES, broadcast, element_at, intrinsic, item_bytes, vector_of
 
 #: Rows of a product that are kept in registers at once. Row counts are rounded up to it.
 BLOCK = 8

@@ -11,12 +11,17 @@ from __future__ import annotations
 import math
 import operator
 import struct
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core.extending import intrinsic, lower_builtin, models, register_model
+from numba.core import extending
+from numba.core.extending import lower_builtin, models, register_model
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+
+#: Untyped: a kernel calls an intrinsic without the first parameter that its definition has.
+intrinsic: Any = extending.intrinsic
 
 LANES = 16
 I16, I32, I64 = (ir.IntType(n) for n in (16, 32, 64))
@@ -104,7 +109,9 @@ def outlined(typingctx):
 
 
 def _arithmetic(python_operator, opcode: str) -> None:
-    @infer_global(python_operator)
+    register: Any = infer_global(python_operator)
+
+    @register
     class _Typing(AbstractTemplate):
         def generic(self, args, kws):
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
@@ -129,7 +136,7 @@ def load(typingctx, pointer, index):
     """Sixteen elements from pointer[index] on; no alignment is needed."""
 
     def codegen(context, builder, sig, args):
-        place = element_at(builder, *args, vector_of(context, sig.args[0]))
+        place = element_at(builder, args[0], args[1], vector_of(context, sig.args[0]))
         return builder.load(place, align=item_bytes(context, sig.args[0]))
 
     return Vector(pointer.dtype)(pointer, types.intp), codegen
@@ -140,7 +147,8 @@ def store(typingctx, pointer, index, vector):
     """Sixteen elements to pointer[index] on."""
 
     def codegen(context, builder, sig, args):
-        builder.store(args[2], element_at(builder, *args[:2], args[2].type), align=item_bytes(context, sig.args[0]))
+        place = element_at(builder, args[0], args[1], args[2].type)
+        builder.store(args[2], place, align=item_bytes(context, sig.args[0]))
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp, vector), codegen

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 
-def _names(number: int, step: int = 1, first: int = 0) -> list[np.int64]:
+def _names(number: int, step: int | np.int64 = 1, first: int | np.int64 = 0) -> list[np.int64]:
     """first, first + step, ...: of NumPy's type, because numba compiles a function again for each Python int."""
     return [np.int64(first + step * i) for i in range(number)]
 
