@@ -38,3 +38,18 @@ def general() -> tuple[Call, ...]:
         replace(plain, dtype="float64", head_dim=255, head_dim_v=1, extra=1, rpb_dtype="float64"),
     ]
     return tuple(contiguous_call(direction, problem) for problem in problems for direction in ("forward", "backward"))
+
+
+def small_windows() -> tuple[Call, ...]:
+    """Forward, 16-bit: the stages of NAT-Tiny, other windows, ranks and head dimensions."""
+    nat = Problem(Window.of(2, 7), 128, (56, 56), 2, 2, 32, 32, 0, "float16", "float32")
+    problems = [nat, replace(nat, dtype="bfloat16", rpb_dtype="bfloat16"), replace(nat, rpb_dtype=None)]
+    problems += [replace(nat, spatial=(e, e), heads=h, heads_kv=h) for e, h in ((28, 4), (14, 8), (7, 16))]
+    problems += [
+        replace(nat, spatial=(56, 56), window=Window.of(2, 7, dilation=4), batch=8),
+        replace(nat, spatial=(64, 64), window=Window.of(2, 13), batch=8),
+        replace(nat, spatial=(32, 32), window=Window.of(2, 5, 2), head_dim=64, head_dim_v=64),
+        replace(nat, spatial=(4096,), window=Window.of(1, 63, is_causal=True), batch=4),
+        replace(nat, spatial=(16, 32, 32), window=Window.of(3, (3, 5, 5)), head_dim=64, head_dim_v=64, batch=1),
+    ]
+    return tuple(contiguous_call("forward", problem) for problem in problems)

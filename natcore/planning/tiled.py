@@ -2,25 +2,16 @@
 
 A `Geometry` says how the map is cut: 16 queries make a tile, some tiles a region (one block), and the
 union of their windows is gathered in shared memory. All of it is compiled in, with the window and the
-head dimensions; extents, batch, heads and strides are arguments.
-
-Cost model. Clock cycles of one multiprocessor:
-
-    tile      TILE + BLOCK * (n8 blocks of scores) * (head_dim + head_dim_v) / 64
-    region    REGION + SLOT * (slots of the span) * (head_dim + head_dim_v) / 64
-
-summed over all tiles and regions (also those that lie partly outside the map), divided by an occupancy
-factor min(1, warps per multiprocessor / WARPS). The constants are fitted to measured times.
+head dimensions; extents, batch, heads and strides are arguments. planning/tiling_cost.py chooses it.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from itertools import permutations, product
-from math import ceil, prod
+from collections.abc import Mapping
+from dataclasses import replace
 
+from natcore.planning import listed
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -34,13 +25,11 @@ from natcore.planning.plan import (
     capability,
 )
 from natcore.planning.tiling import TILE_QUERIES, Geometry
+from natcore.planning.tiling_cost import MAX_BLOCKS, TILES, choose_geometry, is_legal
 from natcore.problem import OPERANDS, Call, Problem
 from natcore.views import ITEM_SIZES
 
 MAX_HEAD_DIM = 128
-MAX_BLOCKS = 64  # n8 blocks of scores of one tile: all are unrolled
-WORD = 32  # keys of a mask word
-CHUNK_BLOCKS = 16  # the most n8 blocks of scores held in registers at once
 _ROWS = ("q", "k", "v", "out")
 _LAYOUTS = ("q", "k", "v", "rpb", "out", "lse")
 OPTIONS = (
@@ -54,112 +43,37 @@ OPTIONS = (
 )
 
 
-# ---- choosing a geometry ----
-
-_TILES = tuple(t for t in product((1, 2, 4, 8, 16), repeat=3) if prod(t) == TILE_QUERIES)
-
-
-def _chunk(blocks: int) -> int:
-    """Blocks of scores held at once: all, or equal shares of whole mask words."""
-    if blocks <= CHUNK_BLOCKS:
-        return blocks
-    return ceil(blocks / ceil(blocks / CHUNK_BLOCKS) / 4) * 4
+def _best(problem: Problem, facts: DeviceFacts) -> Geometry | None:
+    return choose_geometry(problem, facts.shared_bytes_per_block, facts.multiprocessors)
 
 
-def _warps(tiles: int) -> int:
-    """Warps of a block: a tile each, or as few tiles each as leave none idle."""
-    rounds = ceil(tiles / 8)
-    return ceil(tiles / rounds)
-
-
-def _orders(rank: int) -> Iterator[tuple[int, ...]]:
-    for order in permutations(range(rank)):
-        yield (-1,) * (3 - rank) + order
-
-
-def _geometry(problem: Problem, order: tuple[int, ...], tile: tuple[int, ...], region: tuple[int, ...]) -> Geometry:
-    g = Geometry(problem, order, tile, region, _warps(prod(region)), 1, 1, 1, 1)  # type: ignore[arg-type]
-    chunk = _chunk(g.blocks)
-    registers = 60 + 4 * chunk + g.problem.head_dim // 4 + g.problem.head_dim_v // 2
-    return Geometry(problem, order, tile, region, g.warps, max(1, 65536 // (32 * g.warps * registers)), chunk, 1, 1)  # type: ignore[arg-type]
-
-
-def _cost(g: Geometry, shared_bytes: int) -> float:
-    """Cycles of a multiprocessor, by the cost model at the top of this file, per query of the map."""
-    p = g.problem
-    width = (p.head_dim + p.head_dim_v) / 64
-    tiles = prod(ceil(axis.lengths[0] / tile) for axis, tile in zip(g.axes, g.tile, strict=True))
-    resident = min(g.blocks_per_sm, shared_bytes // (g.shared_bytes + 1024))
-    if resident < 1:
-        return float("inf")
-    occupancy = min(1.0, resident * g.warps / 12) * min(1.0, 0.6 + 0.2 * resident)
-    return (tiles * (40 + 14 * g.blocks * width) + prod(g.regions) * (400 + 3.0 * g.slots * width)) / occupancy
-
-
-@lru_cache(maxsize=4096)
-def choose_geometry(problem: Problem, shared_bytes: int) -> Geometry | None:
-    """The cheapest geometry that fits, or None."""
-    shapes = []
-    for order in _orders(problem.window.rank):
-        for tile in _TILES:
-            if all(a >= 0 or n == 1 for a, n in zip(order, tile, strict=True)):
-                g = _geometry(problem, order, tile, (1, 1, 1))
-                if _is_legal(g):
-                    tiles = prod(ceil(axis.lengths[0] / n) for axis, n in zip(g.axes, g.tile, strict=True))
-                    shapes.append((tiles * (40 + 14 * g.blocks), order, tile, g))
-    best: tuple[float, Geometry] | None = None
-    for _, order, tile, unit in sorted(shapes, key=lambda s: s[:3])[:3]:
-        counts = [ceil(axis.lengths[0] / n) for axis, n in zip(unit.axes, tile, strict=True)]
-        for region in product(
-            *(sorted({ceil(n / parts) for parts in range(1, n + 1) if ceil(n / parts) <= 16}) for n in counts)
-        ):
-            if prod(region) > 64:
-                continue
-            g = _geometry(problem, order, tile, region)
-            if g.shared_bytes <= shared_bytes and (best is None or _cost(g, shared_bytes) < best[0]):
-                best = (_cost(g, shared_bytes), g)
-    return None if best is None else best[1]
-
-
-def _is_legal(g: Geometry) -> bool:
-    """What common/tiles.cuh asserts."""
-    rows = g.halo[2] <= WORD or g.halo[0] == g.halo[1] == 1
-    return rows and max(g.halo[:2]) <= WORD and g.blocks <= MAX_BLOCKS
-
-
-def _configured(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Geometry:
-    """The geometry that is best or, with options, the one that they spell out."""
-    g = choose_geometry(call.problem, _shared_limit(facts))
-    assert g is not None  # refusal() has looked
+def configured(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Geometry:
+    """The best geometry of a call that `refusal` has passed or, with options, the one that they spell out."""
+    best = _best(call.problem, facts)
+    if best is None:
+        raise NotImplementedError(_too_large(call.problem))
     if not options:
-        return g
-    axes = options.get("axes", int("".join(str(a) for a in g.order if a >= 0)))
-    order = (-1,) * (3 - call.problem.window.rank) + tuple(int(x) for x in f"{axes:0{call.problem.window.rank}d}")
-    tile = tuple(options.get(f"tile{a}", g.tile[a]) for a in range(3))
-    region = tuple(options.get(f"region{a}", g.region[a]) for a in range(3))
-    if tile not in _TILES or min(region) < 1 or sorted(order) != sorted(g.order):
+        return best
+    rank = call.problem.window.rank
+    axes = options.get("axes", int("".join(str(a) for a in best.order if a >= 0)))
+    order = (-1,) * (3 - rank) + tuple(int(x) for x in f"{axes:0{rank}d}")
+    tile = tuple(options.get(f"tile{a}", best.tile[a]) for a in range(3))
+    region = tuple(options.get(f"region{a}", best.region[a]) for a in range(3))
+    if tile not in TILES or min(region) < 1 or sorted(order) != sorted(best.order):
         raise ValueError(f"config: axes {axes}, tile {tile} and region {region}: a tile is {TILE_QUERIES} queries.")
-    unit = _geometry(call.problem, order, tile, region)
-    chosen = Geometry(
-        call.problem,
-        order,
-        tile,  # type: ignore[arg-type]
-        region,  # type: ignore[arg-type]
-        options.get("warps", unit.warps),
-        options.get("blocks_per_sm", unit.blocks_per_sm),
-        options.get("chunk", unit.chunk),
-        options.get("stages", 1),
-        options.get("rounds", 1),
-    )
-    if not _is_legal(chosen) or chosen.shared_bytes > _shared_limit(facts):
+    unit = Geometry.of(call.problem, order, tile, region)
+    launch = {n: options.get(n, getattr(best, n)) for n in ("warps", "blocks_per_sm", "stages", "rounds")}
+    chosen = replace(unit, chunk=options.get("chunk", unit.chunk), **launch)
+    if min(launch.values()) < 1 or not is_legal(chosen) or chosen.shared_bytes > facts.shared_bytes_per_block:
         raise ValueError(
-            f"config: {chosen} needs {chosen.shared_bytes} bytes of shared memory and {chosen.blocks} blocks."
+            f"config: {dict(options)} gives {chosen.blocks} blocks of scores and {chosen.shared_bytes} bytes of shared "
+            f"memory; at most {MAX_BLOCKS} and {facts.shared_bytes_per_block} are possible."
         )
     return chosen
 
 
-def _shared_limit(facts: DeviceFacts) -> int:
-    return facts.shared_bytes_per_block
+def _too_large(problem: Problem) -> str:
+    return f"kernel_size {problem.window.kernel_size}: the halo of {TILE_QUERIES} queries is too large."
 
 
 # ---- the candidate ----
@@ -192,7 +106,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     problem = call.problem
     if problem.batch == 0:
         return Plan((), 0)
-    g = _configured(call, facts, options)
+    g = configured(call, facts, options)
     kernel = KernelSpec("tiled_forward", g.defines, facts.arch)
     operands = tuple(
         Operand(OPERANDS["forward"].index(name), 16 if name in _ROWS else 1)
@@ -229,9 +143,9 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
             return f"{name} has strides {strides}: all but the last must be multiples of 8, and that 1."
         if max(abs(s) * max(p.window.dilation) for s in strides[1:]) >= 1 << 27:
             return f"{name} has strides {strides}, beyond the 32 bits of offsets inside a tile."
-    g = choose_geometry(p, _shared_limit(facts)) if p.batch else None
+    g = _best(p, facts) if p.batch else None
     if p.batch and (g is None or g.grid >= 1 << 31):
-        return f"kernel_size {p.window.kernel_size}: the halo of 16 queries is too large."
+        return _too_large(p)
     return None
 
 
@@ -241,5 +155,5 @@ CANDIDATE = Candidate(
     OPTIONS,
     refusal,
     plan,
-    lambda: (),
+    listed.small_windows,
 )

@@ -6,14 +6,15 @@ span of a region, the pitches in shared memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import product
 from math import ceil, prod
 
 from natcore.problem import Problem
 
 TILE_QUERIES = 16
+WHOLE_BLOCKS, CHUNK_BLOCKS = 16, 12  # the most n8 blocks of scores held at once: of a tile in one go, of a part
 TILE_BYTES = 44  # struct Tile of common/tiles.cuh
 
 
@@ -48,7 +49,7 @@ class Axis:
         return [*range(min(count, ends)), *range(max(ends, count - ends), count)]
 
 
-def _first_query(length: int, tile: int, number: int) -> int:
+def first_query(length: int, tile: int, number: int) -> int:
     return min(number * tile, max(length - tile, 0))
 
 
@@ -58,7 +59,7 @@ def _halo(axis: Axis, tile: int) -> tuple[int, int, int]:
     ranges = []
     for length in axis.lengths:
         for number in axis.sample(length, tile):
-            first = _first_query(length, tile, number)
+            first = first_query(length, tile, number)
             last = min(first + tile, length) - 1
             ranges.append((length, first, axis.keys(first, length)[0], axis.keys(last, length)[1]))
     halo = max(end - start for _, _, start, end in ranges)
@@ -74,7 +75,7 @@ def _span(axis: Axis, tile: int, region: int) -> int:
     for length in axis.lengths:
 
         def key(number: int, length: int = length) -> int:
-            return min(axis.keys(_first_query(length, tile, number), length)[0], max(length - halo, 0))
+            return min(axis.keys(first_query(length, tile, number), length)[0], max(length - halo, 0))
 
         count = ceil(length / tile)
         regions, ends = ceil(count / region), len(axis.sample(length, tile)) // region + axis.stride + 2
@@ -87,6 +88,13 @@ def _span(axis: Axis, tile: int, region: int) -> int:
 def _congruent(least: int, residue: int) -> int:
     """The least number >= least that is congruent to residue modulo 8."""
     return least + (residue - least) % 8
+
+
+def _chunk(blocks: int) -> int:
+    """Blocks of scores held at once: all, or equal shares of whole mask words."""
+    if blocks <= WHOLE_BLOCKS:
+        return blocks
+    return ceil(blocks / ceil(blocks / CHUNK_BLOCKS) / 4) * 4
 
 
 def _pitch(head_dim: int) -> int:
@@ -138,7 +146,16 @@ class Geometry:
     stages: int  # spans in shared memory
     rounds: int  # batch entries of a block
 
-    @property
+    @classmethod
+    def of(cls, problem: Problem, order: tuple[int, ...], tile: tuple[int, ...], region: tuple[int, ...]) -> Geometry:
+        """With one warp, one block per multiprocessor and all scores at once, or in few equal chunks."""
+        g = cls(problem, order, tile, region, 1, 1, 1, 1, 1)  # type: ignore[arg-type]
+        return replace(g, chunk=_chunk(g.blocks))
+
+    def with_launch(self, warps: int, blocks_per_sm: int, stages: int = 1, rounds: int = 1) -> Geometry:
+        return replace(self, warps=warps, blocks_per_sm=blocks_per_sm, stages=stages, rounds=rounds)
+
+    @cached_property
     def axes(self) -> tuple[Axis, ...]:
         p, w = self.problem, self.problem.window
         return tuple(
@@ -148,19 +165,19 @@ class Geometry:
             for a in self.order
         )
 
-    @property
+    @cached_property
     def halos(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(_halo(axis, tile) for axis, tile in zip(self.axes, self.tile, strict=True))
 
-    @property
+    @cached_property
     def halo(self) -> tuple[int, ...]:
         return tuple(halo for halo, _, _ in self.halos)
 
-    @property
+    @cached_property
     def span(self) -> tuple[int, ...]:
         return tuple(_span(*x) for x in zip(self.axes, self.tile, self.region, strict=True))
 
-    @property
+    @cached_property
     def regions(self) -> tuple[int, ...]:
         """Regions of the longest dilation group, per axis."""
         each = zip(self.axes, self.tile, self.region, strict=True)

@@ -32,6 +32,7 @@ struct ScaleParts {
 
 // The masked table, then the other one; entry (d0, d1, d2) is of the differences d_a + first_difference_of(a).
 __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rpb, const Layout& s, float factor) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < DIFFERENCES_0 * TABLE_PLANE; i += THREADS) {
     const int at[3] = {i / TABLE_PLANE, i / TABLE_ROW % DIFFERENCES_1, i % TABLE_ROW};
     bool entry = true, seen = true;
@@ -60,16 +61,16 @@ struct TileMask {
   unsigned bits[2][3];  // of rows g and g + 8 and each axis; for a long row, the ends of its interval
 
   TileMask() = default;
-  __device__ __forceinline__ TileMask(const Region& region, const Tile& tile, int lane) {
+  __device__ __forceinline__ TileMask(const Tile& tile, int lane) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       bool sees = true;
 #pragma unroll
       for (int a = 0; a < 3; ++a) {
         const int query = tile.query[a] + row_axis(a, lane / 4 + 8 * h);
-        sees &= query < region.length[a];
-        const Interval seen = keys_of(window_of(a), query, region.length[a]);
-        const int start = seen.start - tile.key[a], end = seen.end - tile.key[a];
+        sees &= query < tile.length[a];
+        const Interval seen = keys_of(window_of(a), query, tile.length[a]);
+        const int key = tile.query[a] + tile.shift[a], start = seen.start - key, end = seen.end - key;
         if (a == 2 && HALO_2 > 32) {
           bits[h][2] = start, bits[h][1] = sees ? end : 0;
         } else {
@@ -106,7 +107,7 @@ struct TileMask {
 __device__ __forceinline__ int table_offset(const Tile& tile, bool masked, int lane) {
   int at[3];
 #pragma unroll
-  for (int a = 0; a < 3; ++a) at[a] = tile.key[a] - tile.query[a] - first_difference_of(a) - row_axis(a, lane / 4);
+  for (int a = 0; a < 3; ++a) at[a] = tile.shift[a] - first_difference_of(a) - row_axis(a, lane / 4);
   int offset = at[0] * TABLE_PLANE + at[1] * TABLE_ROW + at[2];
   if (PAIRS) offset += (offset & 1) * (TABLE_COPY + 1);
   return offset + (masked ? 0 : COPIES * TABLE_COPY);

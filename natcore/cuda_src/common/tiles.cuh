@@ -15,18 +15,15 @@
 // owns; a halo that would leave the map at its end is moved back too. Slots beyond the map hold zeros.
 //
 // Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, RANK, THREADS, BLOCKS_PER_SM, STAGES
-// (spans in shared memory), LOOPED (a block takes several batch entries), CHUNK (n8 blocks of scores held at once), KEPT (a warp has one tile, whose
-// accumulators stay in registers from one batch entry to the next) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a,
-// REGION_a, HALO_a, SPAN_a, and the difference table's FIRST_DIFFERENCE_a and DIFFERENCES_a (key - query);
-// pitches in slots, SLOT_ROW, SLOT_PLANE, and in floats, TABLE_ROW, TABLE_COPY.
+// (spans in shared memory), LOOPED (a block takes several batch entries), CHUNK (n8 blocks of scores held
+// at once), KEPT (a warp has one tile, whose accumulators stay in registers from one batch entry to the
+// next) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a, REGION_a, HALO_a, SPAN_a, and
+// the difference table's FIRST_DIFFERENCE_a and DIFFERENCES_a (key - query); pitches in slots, SLOT_ROW,
+// SLOT_PLANE, and in floats, TABLE_ROW, TABLE_COPY.
 #pragma once
 
 #include "common/types.cuh"
 #include "common/window.cuh"
-#include "ptx/cp_async.cuh"
-#include "ptx/ldmatrix.cuh"
-#include "ptx/math.cuh"
-#include "ptx/mma.cuh"
 
 using Element = ELEMENT;
 #ifdef RPB
@@ -163,35 +160,41 @@ __device__ constexpr int row_axis(int a, int row) {
 
 // Where a tile lies: found once for a block, kept in shared memory.
 struct Tile {
-  int query[3], key[3], owned[3];  // first query, first key, first query that this tile stores
-  int slot;                        // of its first key
-  bool exists, whole, interior;    // whole: it stores all 16 rows; interior: no window of it is clamped
+  int query[3], length[3];      // first query; of the dilation group
+  short shift[3], skip[3];      // from the first query to the first key, and to the first query that it stores
+  int slot;                     // of its first key
+  bool exists, whole, interior; // whole: it stores all 16 rows; interior: no window of it is clamped
 
   __device__ __forceinline__ Tile(const Region& region, int index) {
     exists = whole = true, interior = UNCLAMPED;
+    slot = 0;
 #pragma unroll
     for (int a = 0; a < 3; ++a) {
-      const int local = a == 2 ? index % REGION_2 : a == 1 ? index / REGION_2 % REGION_1 : index / (REGION_1 * REGION_2);
-      owned[a] = (region.tile[a] + local) * tile_of(a);
-      query[a] = first_query(a, region.tile[a] + local, region.length[a]);
-      key[a] = first_key(a, query[a], region.length[a]);
-      exists &= owned[a] < region.length[a];
-      whole &= owned[a] + tile_of(a) <= region.length[a];
+      const int local =
+          of_axis(a, index / (REGION_1 * REGION_2), index / REGION_2 % REGION_1, index % REGION_2);
+      const int owned = (region.tile[a] + local) * tile_of(a);
+      length[a] = region.length[a];
+      query[a] = first_query(a, region.tile[a] + local, length[a]);
+      const int key = first_key(a, query[a], length[a]);
+      shift[a] = static_cast<short>(key - query[a]);
+      skip[a] = static_cast<short>(owned - query[a]);
+      exists &= owned < length[a];
+      whole &= owned + tile_of(a) <= length[a];
       const int start = query[a] - (causal_of(a) ? kernel_of(a) - 1 : kernel_of(a) / 2);
-      interior &= start >= 0 && start + kernel_of(a) + tile_of(a) - 1 <= region.length[a];
+      interior &= start >= 0 && start + kernel_of(a) + tile_of(a) - 1 <= length[a];
+      slot += (key - region.key[a]) * of_axis(a, SLOT_PLANE, SLOT_ROW, 1);
     }
-    slot = (key[0] - region.key[0]) * SLOT_PLANE + (key[1] - region.key[1]) * SLOT_ROW + key[2] - region.key[2];
   }
-  __device__ __forceinline__ bool inside(const Region& region, int row) const {
+  __device__ __forceinline__ bool inside(int row) const {
     bool is = true;
 #pragma unroll
-    for (int a = 0; a < 3; ++a) is &= query[a] + row_axis(a, row) < region.length[a];
+    for (int a = 0; a < 3; ++a) is &= query[a] + row_axis(a, row) < length[a];
     return is;
   }
-  __device__ __forceinline__ bool stores(const Region& region, int row) const {
-    bool is = inside(region, row);
+  __device__ __forceinline__ bool stores(int row) const {
+    bool is = inside(row);
 #pragma unroll
-    for (int a = 0; a < 3; ++a) is &= query[a] + row_axis(a, row) >= owned[a];
+    for (int a = 0; a < 3; ++a) is &= row_axis(a, row) >= skip[a];
     return is;
   }
 };
@@ -209,76 +212,4 @@ __device__ __forceinline__ int key_offset(int first, int r) {
     for (int i = 1; i <= 15 / AREA + 1; ++i) offset += r >= i * AREA - first % AREA ? PLANE - HALO_1 * ROW : 0;
   }
   return offset;
-}
-
-// ---- global to shared memory, and back ----
-
-// The span of keys or values of D elements from `base`, the span's first, each into its slot.
-template <int D>
-__device__ __forceinline__ void load_span(unsigned shared, const Element* base, const Layout& s, const Region& region) {
-  constexpr int CHUNKS = D / 8, ITEMS = SPAN_2 * CHUNKS, PITCH = Rows<D>::PITCH;
-  constexpr bool REGULAR = 32 % CHUNKS == 0 && 32 / CHUNKS % 8 == 0;  // each lane keeps its place modulo 8
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int length = region.length[2] - region.key[2];
-  base += static_cast<long long>(lane / CHUNKS) * s.step[2] + lane % CHUNKS * 8;
-#pragma unroll 1
-  for (int row = warp; row < SPAN_0 * SPAN_1; row += THREADS / 32) {
-    const int x0 = SPAN_0 == 1 ? 0 : row / SPAN_1, x1 = row - x0 * SPAN_1;
-    const bool inside = region.key[0] + x0 < region.length[0] && region.key[1] + x1 < region.length[1];
-    const int slot = x0 * SLOT_PLANE + x1 * SLOT_ROW + lane / CHUNKS, rest = inside ? length - lane / CHUNKS : 0;
-    const Element* source = base + s.offset(x0, x1, 0);
-    const unsigned target = shared + slot * PITCH + Rows<D>::chunk(slot, lane % CHUNKS);
-#pragma unroll
-    for (int first = 0; first < ITEMS; first += 32) {
-      if (first + 32 > ITEMS && first + lane >= ITEMS) break;
-      if (REGULAR) {
-        const int x2 = first / CHUNKS;
-        cp_async_16(target + x2 * PITCH, source + static_cast<long long>(x2) * s.step[2], x2 < rest);
-      } else {
-        const int x2 = (first + lane) / CHUNKS - lane / CHUNKS, c = (first + lane) % CHUNKS;
-        cp_async_16(shared + (slot + x2) * PITCH + Rows<D>::chunk(slot + x2, c),
-                    source + (static_cast<long long>(x2) * s.step[2] + (c - lane % CHUNKS) * 8), x2 < rest);
-      }
-    }
-  }
-}
-
-// How a warp's lanes share the rows of a tile of Q or O: in turn `i`, one chunk each.
-template <int D>
-struct Share {
-  static constexpr int CHUNKS = D / 8, TURNS = (16 * CHUNKS + 31) / 32;
-  int offset[TURNS];  // elements from the tile's first
-
-  __device__ __forceinline__ Share(const Layout& s, int lane) {
-#pragma unroll
-    for (int i = 0; i < TURNS; ++i)
-      offset[i] = static_cast<int>(s.offset(row_axis(0, row(i, lane)), row_axis(1, row(i, lane)), row_axis(2, row(i, lane)))) +
-                  chunk(i, lane) * 8;
-  }
-  static __device__ __forceinline__ int row(int i, int lane) { return (32 * i + lane) / CHUNKS; }
-  static __device__ __forceinline__ int chunk(int i, int lane) { return (32 * i + lane) % CHUNKS; }
-  static __device__ __forceinline__ bool has(int i, int lane) { return 32 * i + 32 <= 16 * CHUNKS || row(i, lane) < 16; }
-  static __device__ __forceinline__ int place(int i, int lane) {  // bytes in the tile's stage
-    return row(i, lane) * Rows<D>::PITCH + Rows<D>::chunk(row(i, lane), chunk(i, lane));
-  }
-};
-
-// A tile of queries, from `base`, the tile's first, to its stage; rows outside the map become zeros.
-__device__ __forceinline__ void load_tile(unsigned stage, const Element* base, const Share<HEAD_DIM>& share,
-                                          const Region& region, const Tile& tile, int lane) {
-#pragma unroll
-  for (int i = 0; i < Share<HEAD_DIM>::TURNS; ++i)
-    if (share.has(i, lane))
-      cp_async_16(stage + share.place(i, lane), base + share.offset[i],
-                  tile.whole || tile.inside(region, share.row(i, lane)));
-}
-
-// A tile of outputs from its stage.
-__device__ __forceinline__ void store_tile(Element* base, const unsigned char* stage, const Share<HEAD_DIM_V>& share,
-                                           const Region& region, const Tile& tile, int lane) {
-#pragma unroll
-  for (int i = 0; i < Share<HEAD_DIM_V>::TURNS; ++i)
-    if (share.has(i, lane) && (tile.whole || tile.stores(region, share.row(i, lane))))
-      *reinterpret_cast<uint4*>(base + share.offset[i]) =
-          *reinterpret_cast<const uint4*>(stage + share.place(i, lane));
 }

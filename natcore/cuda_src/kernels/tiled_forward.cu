@@ -10,18 +10,23 @@
 //     k k k k k k k k k k k k k k          + + + + + + + + + +     of the tile's own halo, 0 to 99:
 //     k k k k k k k k k k k k k k          + + + + + + + + + +     eight consecutive ones make an
 //     k k k q q q q q q q q k k k          + + + Q Q Q Q + + +     n8 block of S = Q K^T. Row pitches
-//     k k k q q q q q q q q k k k          + + + Q Q Q Q + + +     are such that number and slot agree
-//     k k k q q q q q q q q k k k          + + + Q Q Q Q + + +     modulo 8, and a slot is an odd
-//       ...                                + + + Q Q Q Q + + +     number of 16-byte chunks, so the
-//     k k k k k k k k k k k k k k            ...                   gather meets no bank twice.
+//     k k k q q q q q q q q k k k          + + + Q Q Q Q + + +     and the order of chunks in a slot
+//     k k k q q q q q q q q k k k          + + + Q Q Q Q + + +     are such that the gather meets no
+//       ...                                + + + Q Q Q Q + + +     bank of shared memory twice.
+//     k k k k k k k k k k k k k k            ...
 //
 // Bias and mask are the accumulator that S starts from, in units of 1 / scale: for a tile whose windows
 // are all unclamped, one table of differences key - query holds both; other tiles clear scores by bit
 // masks. Scores stay in registers, CHUNK blocks at a time, with an online softmax where a tile has more.
 //
-// Shared memory: K and V halo, SLOTS x (K_PITCH + V_PITCH); the two difference tables; and for each warp
-// one tile of Q, which later carries the tile of O to 16-byte stores.
+// Shared memory, bytes: STAGES spans of K and V, SLOTS * (K_PITCH + V_PITCH) each; the difference tables,
+// 4 * TABLES; a Tile for each tile; for each warp two tiles of Q: the one at hand, whose place later carries
+// O to 16-byte stores, and the next one. (NAT-Tiny, 56x56: 95360 + 6816 + 1232 + 6 * 2048, two blocks an SM.)
+#include "common/tile_copies.cuh"
 #include "common/tile_mask.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/math.cuh"
+#include "ptx/mma.cuh"
 
 struct Params {
   Sizes sizes;
@@ -223,8 +228,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const auto load_next = [&](int round, int index, unsigned stage) {  // Q of this tile, if there is one
     if (index < TILES && tiles[index].exists) {
       const Tile& tile = tiles[index];
-      load_tile(stage, q + (entry(round) * params.q.batch + params.q.offset(tile.query[0], tile.query[1], tile.query[2])),
-                share_q, region, tile, lane);
+      const long long at = params.q.offset(tile.query[0], tile.query[1], tile.query[2]);
+      load_tile(stage, q + (entry(round) * params.q.batch + at), params.q, share_q, tile, lane);
     }
     cp_async_commit();
   };
@@ -238,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   if constexpr (KEPT) {
     const Tile& tile = tiles[warp];
     if (tile.exists)
-      start<Start::BITS, 0>(kept, TileMask(region, tile, lane), tables + table_offset(tile, false, lane), lane);
+      start<Start::BITS, 0>(kept, TileMask(tile, lane), tables + table_offset(tile, false, lane), lane);
   }
 
   int parity = 0;
@@ -252,7 +257,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       cp_async_wait<0>();
     }
     __syncthreads();  // this round's span is there
-    const unsigned keys = shared_address(shared) + (STAGES == 2 ? round % 2 * SPAN : 0), values = keys + SLOTS * K_PITCH;
+    const unsigned keys = shared_address(shared) + (STAGES == 2 ? round % 2 * SPAN : 0);
+    const unsigned values = keys + SLOTS * K_PITCH;
 #pragma unroll 1
     for (int index = warp; index < TILES; index += THREADS / 32) {
       const Tile& tile = tiles[index];
@@ -267,25 +273,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int slot = tile.slot;
       const unsigned its_keys = keys + slot * K_PITCH, its_values = values + slot * V_PITCH;
       const float* bias = tables + table_offset(tile, tile.interior, lane);
+      const float unit = parts.unit;
       Output output;
       if constexpr (KEPT) {
-        attend<Start::REGISTERS, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, parts.unit, lane);
+        attend<Start::REGISTERS, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, unit, lane);
       } else if (UNCLAMPED && tile.interior) {
-        attend<Start::DIFFERENCES, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, parts.unit, lane);
+        attend<Start::DIFFERENCES, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, unit, lane);
       } else {
-        const TileMask mask(region, tile, lane);
-        attend<Start::BITS, 0>(output, query, its_keys, its_values, slot, mask, bias, kept, parts.unit, lane);
+        const TileMask mask(tile, lane);
+        attend<Start::BITS, 0>(output, query, its_keys, its_values, slot, mask, bias, kept, unit, lane);
       }
       __syncwarp();  // the queries have been read
       stage_output(stage, output, lane);
       __syncwarp();
       const int x0 = tile.query[0], x1 = tile.query[1], x2 = tile.query[2];
-      store_tile(out + (entry(round) * params.out.batch + params.out.offset(x0, x1, x2)), stage, share_out, region, tile,
-                 lane);
-      if (lse != nullptr && lane % 4 < 2 && (tile.whole || tile.stores(region, lse_row))) {
-        const float top = lane % 2 == 0 ? output.top[0] : output.top[1], sum = lane % 2 == 0 ? output.sum[0] : output.sum[2];
+      store_tile(out + (entry(round) * params.out.batch + params.out.offset(x0, x1, x2)), stage, params.out,
+                 share_out, tile, lane);
+      if (lse != nullptr && lane % 4 < 2 && (tile.whole || tile.stores(lse_row))) {
+        const float top = lane % 2 == 0 ? output.top[0] : output.top[1];
+        const float sum = lane % 2 == 0 ? output.sum[0] : output.sum[2];
         lse[entry(round) * params.lse.batch + params.lse.offset(x0, x1, x2) + lse_offset] =
-            (top * parts.unit + lg2_approx(sum)) * LN_2;
+            (top * unit + lg2_approx(sum)) * LN_2;
       }
     }
     if (!follows(round)) return;
