@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,14 @@ import pytest
 from flax import nnx
 
 import jax_nat
+from jax_nat.checkpoints import _AXES_TO_TORCH, _name
 from natcore.models import MODELS, NATConfig
 
 pytest.importorskip("torch")
 import torch
 
 import torch_nat
+from tests.family import ROWS, published_shapes
 
 #: The smallest config that has everything: dilation, layer scale, two stages, uneven sizes.
 SMALL = NATConfig(
@@ -105,11 +109,14 @@ def test_gradients_equal_torch(tmp_path):
     agree(block["gamma1"][...], attn["levels.0.blocks.1.gamma1"].grad, 1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_the_published_ones(name):
     abstract = nnx.eval_shape(lambda: jax_nat.create_model(name, rngs=nnx.Rngs(0)))
-    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
-    assert count == {"mini": 19_984_174, "tiny": 27_901_582, "small": 50_743_297, "base": 89_769_652}[name[4:]]
+    shapes = {_name(place): leaf.shape for place, leaf in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}
+    for key, shape in shapes.items():
+        shapes[key] = tuple(shape[axis] for axis in _AXES_TO_TORCH.get(len(shape), range(len(shape))))
+    assert shapes == published_shapes(name)
+    assert sum(map(prod, shapes.values())) == ROWS[name].parameters
 
 
 def test_a_file_goes_to_torch_and_back_unchanged(tmp_path):
