@@ -314,6 +314,11 @@ def check_bias(problem: Problem, rpb: View | None) -> None:
         raise ValueError(f"rpb has dtype {rpb.dtype}; it must be float32 or q's {problem.dtype}.")
 
 
+def dropout_threshold(p: float) -> int:
+    """A weight is kept where its random 32-bit word is at least this (see natcore.reference_dropout)."""
+    return min(round(p * (1 << 32)), (1 << 32) - 1)
+
+
 def check_dropout(problem: Problem, seed: View | None) -> None:
     if not 0 <= problem.dropout_p < 1:
         raise ValueError(f"dropout_p is {problem.dropout_p}; it must be in [0, 1).")

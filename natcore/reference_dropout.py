@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from natcore.problem import Window
+from natcore.problem import Window, dropout_threshold
 from natcore.reference_unfused import _to_dense
 
 MULTIPLIER, WEYL, ROUNDS = 0xD256D193, 0x9E3779B9, 10
@@ -40,4 +40,4 @@ def factors(window: Window, batch: int, spatial: tuple[int, ...], heads: int, ex
     """[batch, heads, queries, keys + extra]: 0 or 1 / (1 - p); 0 outside the windows too."""
     shape = (batch, *spatial, heads, prod(window.kernel_size) + extra)
     word, _ = philox(np.arange(prod(shape), dtype=np.uint64).reshape(shape), seed)
-    return _to_dense((word >= threshold(p)) / (1 - p), window, np.float64)
+    return _to_dense((word >= dropout_threshold(p)) / (1 - p), window, np.float64)

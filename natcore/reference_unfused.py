@@ -33,7 +33,7 @@ def _to_places(dense: np.ndarray, window: Window, spatial: tuple[int, ...], empt
     query, key = np.nonzero(window_mask(window, spatial))
     places[:, :, query, place_index(window, spatial)[query, key]] = dense[:, :, query, key]
     places[..., kernel:] = dense[..., tokens:]
-    return np.moveaxis(places, 1, -2).reshape(dense.shape[0], *spatial, dense.shape[1], -1)
+    return np.moveaxis(places, 1, -2).reshape(dense.shape[0], *spatial, dense.shape[1], places.shape[-1])
 
 
 def _to_dense(places: np.ndarray, window: Window, dtype: type) -> np.ndarray:

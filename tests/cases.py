@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from natcore import reference
 from natcore.problem import Window
+from natcore.reference_dropout import factors
 
 ATOL = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
 
@@ -39,6 +40,8 @@ class Case:
     scale: float | None = None
     packed: bool = False  # q, k, v are views of one [batch, *spatial, 3, heads, head_dim]
     outliers: bool = False  # N(0, 100) at rate 0.001
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
 
     @property
     def rank(self) -> int:
@@ -86,6 +89,16 @@ CASES = [
     Case("scale_tiny", (8, 8), 3, scale=1e-6, rpb="float32"),
     Case("outliers", (15, 15), 5, head_dim=32, head_dim_v=32, heads=2, heads_kv=2, outliers=True, rpb="float32"),
     Case("empty_batch", (6, 6), 3, batch=0, rpb="float32", extra=2),
+]
+
+#: What dropout must get right: the number of a weight under GQA, causality, several tiles, chunks and key sets.
+DROPOUT_CASES = [
+    Case("dropout", (14, 9), 7, heads=2, heads_kv=2, rpb="float32", batch=2, dropout_p=0.3, dropout_seed=12345),
+    Case("dropout_gqa", (8, 9), 3, heads=6, heads_kv=2, head_dim_v=24, batch=2, dropout_p=0.5, dropout_seed=2**32 - 1),
+    Case("dropout_additional", (7, 6), 3, heads=2, heads_kv=1, extra=5, batch=2, dropout_p=0.2, dropout_seed=7),
+    Case("dropout_causal_mix", (7, 11), (4, 5), stride=(1, 2), dilation=(1, 2), is_causal=(True, False), dropout_p=0.4),
+    Case("dropout_video", (5, 7, 8), (3, 5, 3), dilation=(1, 1, 2), rpb="same", batch=2, dropout_p=0.1, dropout_seed=1),
+    Case("dropout_long_1d", (257,), 127, head_dim=24, head_dim_v=24, dropout_p=0.9, dropout_seed=99),
 ]
 
 
@@ -159,6 +172,8 @@ def inputs(case: Case, dtype: str, seed: int = 0) -> dict[str, np.ndarray]:
     if case.extra:
         arrays["additional_keys"] = draw(case.batch, case.extra, case.heads_kv, case.head_dim)
         arrays["additional_values"] = draw(case.batch, case.extra, case.heads_kv, case.head_dim_v)
+    if case.dropout_p:
+        arrays["dropout_seed"] = np.array([case.dropout_seed], np.uint32)
     return arrays
 
 
@@ -166,6 +181,9 @@ def expected(case: Case, arrays: dict[str, np.ndarray], dtype: type = np.float64
     """out, lse and every gradient, by the reference, in arithmetic of ``dtype``."""
     options = {n: arrays.get(n) for n in ("rpb", "additional_keys", "additional_values")}
     options |= {"scale": case.scale, "dtype": dtype}
+    if case.dropout_p:
+        shape = (case.batch, case.spatial, case.heads, case.extra)
+        options["factors"] = factors(case.window, *shape, case.dropout_p, case.dropout_seed)
     q, k, v = (arrays[n] for n in "qkv")
     out, lse = reference.forward(q, k, v, case.window, **options)
     grads = reference.backward(arrays["d_out"], q, k, v, case.window, d_lse=arrays["d_lse"], **options)

@@ -10,6 +10,8 @@ One design serves every valid problem, in float32 (which also serves the 16-bit 
     tile.py        small helpers of the kernels
     forward.py     the forward of a tile
     backward.py    the backward of a tile
+    unfused.py     scores and weighted sums of a tile, forward and backward
+    places.py      the places of windows in memory; what dropout keeps
     sharing.py     tasks and their order, threads.py: who runs them
     executable.py  tables and scratch of a call; gradients.py: what the backward needs besides
     compiled.py    compilation, kept on disk
@@ -35,19 +37,13 @@ class CpuBackend:
         """Compiles what the call needs, or reads it from numba's cache."""
         if config is not None:
             raise NotImplementedError(f"config {config!r}: the CPU has one kernel and takes no config; pass None.")
-        if call.problem.dropout_p > 0:
-            raise NotImplementedError(
-                f"dropout_p {call.problem.dropout_p}: the CPU has no attention dropout; the nearest supported is 0."
-            )
-        if call.direction == "forward":
+        if not call.direction.endswith("backward"):
             from natcore.backends.cpu.executable import Executable
 
             return Executable(call)
-        if call.direction == "backward":
-            from natcore.backends.cpu.gradients import BackwardExecutable
+        from natcore.backends.cpu.gradients import BackwardExecutable
 
-            return BackwardExecutable(call)
-        raise NotImplementedError(f"{call.direction}: the CPU runs forward and backward; fuse scores and sums.")
+        return BackwardExecutable(call)
 
 
 BACKEND = CpuBackend()

@@ -2,6 +2,7 @@
 
     p        [keys, 16]  = e ** (bias + keys @ q_lanes - lse)
     d_scores [keys, 16]  = p * (values @ d_out_lanes - delta + d_lse),  delta = sum over d of out * d_out
+                           (dropout multiplies the product, and p below, by its factors)
     dq       [d, 16]    += keys.T @ d_scores
     dk       [keys, d]  += d_scores @ (scale * q_rows)
     dv       [keys, dv] += p @ d_out_rows
@@ -24,19 +25,20 @@ from natcore.backends.cpu.memory import (
     add_rows, address_list, array, box_keys, is_query, lanes_to_rows, list_keys, load_keys, load_queries,
     rows_to_lanes, store_plane, store_queries,
 )  # fmt: skip
+from natcore.backends.cpu.places import dropout_factors, multiply_all
 from natcore.backends.cpu.products import BLOCK, add_to_keys
 from natcore.backends.cpu.simd import address_of, exp, load, outlined, pointer_to, shifted, splat, store
 from natcore.backends.cpu.tables import (
     ADDRESS, AT_BIAS_SUMS, BATCH, CHUNK, CLEAR, D_LSE, D_OUT, D_OUT_LANES, D_OUT_ROWS, D_SCORES, DIRECT_K,
-    DIRECT_SUM_K, DIRECT_SUM_V, DIRECT_V, DK, DQ, DRPB, DV, EXTRA, EXTRA_K, EXTRA_V, FINISH, FIRST_BATCH, GROUP,
-    HEAD, HEAD_DIM, HEAD_DIM_V, HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES,
-    Q_ROWS, REPEATED, ROW_BUFFER, SCORES, SINGLE, STATE, SUM_EXTRA_K, SUM_EXTRA_V, SUM_K, SUM_LIST, SUM_ROWS, SUM_V,
-    TILE_COUNT, VALUE_LIST, VALUE_ROWS, K, Q, V,
+    DIRECT_SUM_K, DIRECT_SUM_V, DIRECT_V, DK, DQ, DROPOUT_SEED, DRPB, DV, EXTRA, EXTRA_K, EXTRA_V, FACTORS, FINISH,
+    FIRST_BATCH, GROUP, HEAD, HEAD_DIM, HEAD_DIM_V, HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT,
+    OUT_LANES, Q_LANES, Q_ROWS, REPEATED, ROW_BUFFER, SCORES, SINGLE, STATE, SUM_EXTRA_K, SUM_EXTRA_V, SUM_K, SUM_LIST,
+    SUM_ROWS, SUM_V, TILE_COUNT, VALUE_LIST, VALUE_ROWS, K, Q, V,
 )  # fmt: skip
 from natcore.backends.cpu.tile import add_values, fill, scale_all, scores_of, set_place, work_of
 
-#: Rows of STATE: the LSE, d_lse - delta.
-FROM_LSE, SHIFT = 0, LANES
+#: Rows of STATE: the LSE, d_lse - delta, zeros.
+FROM_LSE, SHIFT, NOTHING = 0, LANES, 2 * LANES
 
 
 @njit(error_model="numpy")
@@ -55,6 +57,7 @@ def load_tile(w, pitch, pitch_v, scale):
     rows_to_lanes(array(w, Q_LANES), array(w, Q_ROWS), pitch)
     load_queries(w, state, SINGLE, SINGLE, LSE)
     store(state, SHIFT, splat(state, 0.0))
+    store(state, NOTHING, splat(state, 0.0))
     if w.operands[D_LSE + ADDRESS]:
         load_queries(w, shifted(state, SHIFT), SINGLE, SINGLE, D_LSE)
     load_queries(w, d_rows, pitch_v, dv, D_OUT)
@@ -87,6 +90,13 @@ def add_all(to, source, count):
     outlined()
     for i in range(0, count, LANES):
         store(to, i, load(to, i) + load(source, i))
+
+
+@njit(error_model="numpy")
+def add_row(to, row, rows):
+    outlined()
+    for i in range(0, rows * LANES, LANES):
+        store(to, i, load(to, i) + load(row, 0))
 
 
 @njit(error_model="numpy")
@@ -133,8 +143,18 @@ def backward_tile(w, bias_sums, scale):
         keys = load_keys(w, KEY_LIST, w.sizes[DIRECT_K], key_rows, pitch, d, K, EXTRA_K, first, last)
         values = load_keys(w, VALUE_LIST, w.sizes[DIRECT_V], value_rows, pitch_v, dv, V, EXTRA_V, first, last)
         scores_of(p, start, LANES, array(w, Q_LANES), keys, number, d)
-        scores_of(d_scores, shift, 0, array(w, D_OUT_LANES), values, number, dv)
-        differentiate(p, d_scores, -(-number // BLOCK) * BLOCK, state)
+        padded = -(-number // BLOCK) * BLOCK
+        if w.operands[DROPOUT_SEED + ADDRESS]:
+            factors = array(w, FACTORS)
+            scores_of(d_scores, shifted(state, NOTHING), 0, array(w, D_OUT_LANES), values, number, dv)
+            dropout_factors(w, factors, first, last)
+            multiply_all(d_scores, factors, padded * LANES)
+            add_row(d_scores, shift, padded)
+            differentiate(p, d_scores, padded, state)
+            multiply_all(p, factors, padded * LANES)
+        else:
+            scores_of(d_scores, shift, 0, array(w, D_OUT_LANES), values, number, dv)
+            differentiate(p, d_scores, padded, state)
         if w.operands[DRPB + ADDRESS]:
             add_all(d_bias, d_scores, number * LANES)
         add_values(dq, d_scores, keys, number, d)

@@ -12,7 +12,7 @@ from typing import Any
 import numba
 from numba import njit
 
-from natcore.backends.cpu import backward, forward, memory
+from natcore.backends.cpu import backward, forward, memory, unfused
 
 _lock = threading.Lock()
 
@@ -36,7 +36,15 @@ def _digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-_KERNELS = {"forward": forward.forward, "backward": backward.backward, "store_all": memory.store_all}
+_KERNELS = {
+    "forward": forward.forward,
+    "backward": backward.backward,
+    "qk": unfused.qk,
+    "qk_backward": unfused.qk_backward,
+    "av": unfused.av,
+    "av_backward": unfused.av_backward,
+    "store_all": memory.store_all,
+}
 
 
 @lru_cache(maxsize=16)

@@ -18,7 +18,7 @@ from natcore.backends.cpu.tables import (
     CHUNK, COLUMNS, KV, LISTS, OWNER, RECORD, ROWS, SCRATCH, SIZES, SLOTS, TABLE_AFTER, TABLE_BEFORE, TASK,
 )  # fmt: skip
 from natcore.backends.cpu.threads import run_all
-from natcore.problem import Call
+from natcore.problem import Call, dropout_threshold
 
 #: Elements of the keys and values of a chunk: what should stay in the first-level cache.
 _CHUNK_ELEMENTS = 1 << 14
@@ -46,8 +46,9 @@ class Executable:
         self.rows = [ROWS.index(name) for name in call.operands]
         self.geometry = geometry(problem.window, problem.spatial, problem.heads // problem.heads_kv, problem.extra)
         self.sizes = _sizes(call, self.geometry)
-        self.scratch_lengths = _scratch_lengths(self.sizes, call.direction == "backward")
-        self.sharing = share(self.geometry, problem.batch, problem.heads_kv, call.direction == "backward")
+        self.scratch_lengths = _scratch_lengths(self.sizes, call)
+        backward = call.direction.endswith("backward")
+        self.sharing = share(self.geometry, problem.batch, problem.heads_kv, backward)
         self.kernel = compiled.kernel(call.direction, self.dtype.name)
 
     def __call__(self, pointers: Sequence[int], scale: float, stream: int = 0, workspace: int = 0) -> None:
@@ -163,11 +164,13 @@ def _sizes(call: Call, tiles: Geometry) -> np.ndarray:
         *table,
         *(tiles.classes, chunk, chunks, slots),
         *direct,
+        *(problem.heads, *((1, *problem.window.kernel_size)[-2:]), problem.places),
+        *(dropout_threshold(problem.dropout_p), np.float64(1 / (1 - problem.dropout_p)).view(np.int64)),
     )
     return np.array([*numbers, *tiles.lane_heads], np.int64)
 
 
-def _scratch_lengths(sizes: np.ndarray, backward: bool) -> list[int]:
+def _scratch_lengths(sizes: np.ndarray, call: Call) -> list[int]:
     """Elements of each scratch array (see tables.SCRATCH)."""
     names = dict(zip(SIZES, (int(n) for n in sizes), strict=False))
     pitch, pitch_v, chunk = (padded(names["head_dim"]), padded(names["head_dim_v"]), names["chunk"])
@@ -185,7 +188,11 @@ def _scratch_lengths(sizes: np.ndarray, backward: bool) -> list[int]:
         "out_lanes": LANES * wide,
         "state": 3 * LANES,
     }
-    if backward:
+    if call.problem.dropout_p > 0:
+        lengths["factors"] = chunk * LANES
+    if call.direction not in ("forward", "backward"):
+        lengths |= {name: LANES * padded(names["places"]) for name in ("place_rows", "d_place_rows")}
+    if call.direction.endswith("backward"):
         lengths |= {
             "q_rows": LANES * pitch,
             "value_rows": chunk * pitch_v,

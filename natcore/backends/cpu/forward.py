@@ -21,11 +21,12 @@ from natcore.backends.cpu.geometry import LANES
 from natcore.backends.cpu.memory import (
     array, box_keys, lanes_to_rows, load_keys, load_queries, rows_to_lanes, store_queries,
 )  # fmt: skip
+from natcore.backends.cpu.places import dropout_factors, multiply_all
 from natcore.backends.cpu.simd import exp, load, log, maximum, outlined, pointer_to, splat, store
 from natcore.backends.cpu.tables import (
-    ADDRESS, CHUNK, DIRECT_K, DIRECT_V, EXTRA, EXTRA_K, EXTRA_V, FIRST_BATCH, GROUP, HEAD_DIM, HEAD_DIM_V,
-    HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES, ROW_BUFFER, SCORES, SINGLE, STATE,
-    TILE_COUNT, VALUE_LIST, K, Q, V,
+    ADDRESS, CHUNK, DIRECT_K, DIRECT_V, DROPOUT_SEED, EXTRA, EXTRA_K, EXTRA_V, FACTORS, FIRST_BATCH, GROUP, HEAD_DIM,
+    HEAD_DIM_V, HEADS_PER_TILE, KEY_LIST, KEY_ROWS, KV, LAST_BATCH, LSE, OUT, OUT_LANES, Q_LANES, ROW_BUFFER,
+    SCORES, SINGLE, STATE, TILE_COUNT, VALUE_LIST, K, Q, V,
 )  # fmt: skip
 from natcore.backends.cpu.tile import add_values, fill, scale_all, scores_of, set_place, work_of
 
@@ -79,6 +80,9 @@ def forward_tile(w, scale):
         keys = load_keys(w, KEY_LIST, w.sizes[DIRECT_K], key_rows, pitch, d, K, EXTRA_K, first, last)
         scores_of(scores, start, LANES, q_lanes, keys, number, d)
         online_softmax(scores, number, out, dv, state)
+        if w.operands[DROPOUT_SEED + ADDRESS]:
+            dropout_factors(w, array(w, FACTORS), first, last)
+            multiply_all(scores, array(w, FACTORS), number * LANES)
         values = load_keys(w, VALUE_LIST, w.sizes[DIRECT_V], key_rows, pitch_v, dv, V, EXTRA_V, first, last)
         add_values(out, scores, values, number, dv)
     finish(out, dv, state)

@@ -1,7 +1,7 @@
 """The places of a window (see natcore.unfused) and the keys of a tile's box: one to the other, and dropout.
 
-    place rows [16, places]      one query per row, as in memory
-    weights    [keys, 16]        one query per lane, as in the products; 0 outside its window
+place rows [16, places]      one query per row, as in memory
+weights    [keys, 16]        one query per lane, as in the products; 0 outside its window
 """
 
 # ruff: noqa: I001  (the lists of table entries stay dense)

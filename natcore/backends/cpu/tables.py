@@ -40,10 +40,12 @@ SIZES = (
     *("classes", "chunk", "chunks", "slots"),  # keys worked on at once; most chunks of a tile; bias blocks kept
     *("direct_k", "direct_v"),  # whether keys (values) can be read where they are
     *("direct_sum_k", "direct_sum_v"),  # whether products can be added to sums where they are
+    *("heads", "kernel_y", "kernel_x", "places"),  # of a window: its last axes; all keys and the additional ones
+    *("dropout_threshold", "dropout_factor"),  # a weight's word is at least this; the bits of a float64
 )
 (HEAD_DIM, HEAD_DIM_V, EXTRA, GROUP, HEADS_PER_TILE, DILATION_T, DILATION_Y, DILATION_X, EXTENT_T, EXTENT_Y, EXTENT_X,
  TABLE_T, TABLE_Y, TABLE_X, CLASSES, CHUNK, CHUNKS, SLOTS, DIRECT_K, DIRECT_V, DIRECT_SUM_K, DIRECT_SUM_V,
- LANE_HEAD) = _names(len(SIZES) + 1)  # fmt: skip
+ HEADS, KERNEL_Y, KERNEL_X, PLACES, DROPOUT_THRESHOLD, DROPOUT_FACTOR, LANE_HEAD) = _names(len(SIZES) + 1)  # fmt: skip
 
 #: A piece of work: addresses of the tables, then what part of the problem it is.
 TASK = (
@@ -67,10 +69,12 @@ RECORD_KEYS_Y, RECORD_KEYS_X, RECORD_FIRST, RECORD_COUNT, RECORD = _names(5, 1, 
 SCRATCH = (
     *("rows", "q_lanes", "key_rows", "value_rows", "scores", "bias", "bounds", "table", "out_lanes", "state"),
     *("squares", "q_rows", "d_out_rows", "d_out_lanes", "d_scores", "sum_rows", "d_bias"),
+    *("place_rows", "d_place_rows", "factors"),
 )
 LISTS = ("keys", "values", "sums")
 (ROW_BUFFER, Q_LANES, KEY_ROWS, VALUE_ROWS, SCORES, BIAS, BOUNDS, TABLE, OUT_LANES, STATE,
- SQUARES, Q_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, SUM_ROWS, D_BIAS) = _names(len(SCRATCH))  # fmt: skip
+ SQUARES, Q_ROWS, D_OUT_ROWS, D_OUT_LANES, D_SCORES, SUM_ROWS, D_BIAS,
+ PLACE_ROWS, D_PLACE_ROWS, FACTORS) = _names(len(SCRATCH))  # fmt: skip
 KEY_LIST, VALUE_LIST, SUM_LIST = _names(len(LISTS), 1, len(SCRATCH))
 
 

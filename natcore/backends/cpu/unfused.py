@@ -135,7 +135,7 @@ def av_backward_tile(w):
 
 
 def qk(digest: str) -> Callable[[int, float], None]:
-    """The kernel, still to be compiled; for the digest see forward.py. The loops of all four are those of fused ones."""
+    """The kernel, still to be compiled; for the digest see forward.py."""
 
     def qk_kernel(task_address, scale):
         digest  # noqa: B018
