@@ -273,15 +273,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int slot = tile.slot;
       const unsigned its_keys = keys + slot * K_PITCH, its_values = values + slot * V_PITCH;
       const float* bias = tables + table_offset(tile, tile.interior, lane);
-      const float unit = parts.unit;
       Output output;
       if constexpr (KEPT) {
-        attend<Start::REGISTERS, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, unit, lane);
+        attend<Start::REGISTERS, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, parts.unit,
+                                    lane);
       } else if (UNCLAMPED && tile.interior) {
-        attend<Start::DIFFERENCES, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, unit, lane);
+        attend<Start::DIFFERENCES, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, parts.unit,
+                                      lane);
       } else {
         const TileMask mask(tile, lane);
-        attend<Start::BITS, 0>(output, query, its_keys, its_values, slot, mask, bias, kept, unit, lane);
+        attend<Start::BITS, 0>(output, query, its_keys, its_values, slot, mask, bias, kept, parts.unit, lane);
       }
       __syncwarp();  // the queries have been read
       stage_output(stage, output, lane);
@@ -293,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         const float top = lane % 2 == 0 ? output.top[0] : output.top[1];
         const float sum = lane % 2 == 0 ? output.sum[0] : output.sum[2];
         lse[entry(round) * params.lse.batch + params.lse.offset(x0, x1, x2) + lse_offset] =
-            (top * unit + lg2_approx(sum)) * LN_2;
+            (top * parts.unit + lg2_approx(sum)) * LN_2;
       }
     }
     if (!follows(round)) return;
