@@ -18,9 +18,8 @@ from natcore.planning import Config
 from natcore.problem import Window, check_packed, problem_of
 from torch_nat import launch
 
-_WINDOW = (
-    "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float? scale, str? config, float dropout_p"
-)
+#: is_causal is 0 or 1: torch.jit, and what counts operations with it, cannot trace a list of bool.
+_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float? scale, str? config, float dropout_p"
 _EXTRAS = "Tensor? rpb, Tensor? additional_keys, Tensor? additional_values, Tensor? dropout_seed"
 _EXTRA_GRADIENTS = "Tensor drpb, Tensor d_additional_keys, Tensor d_additional_values"
 _SAVED = "Tensor out, Tensor lse, Tensor? d_lse"
@@ -74,8 +73,9 @@ def backward_of(leading: int) -> Callable[..., tuple[Tensor, ...]]:
     return torch.ops.natcore.attention_backward if leading == 3 else torch.ops.natcore.attention_packed_backward
 
 
-def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[bool]) -> Window:
-    return launch.window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal))
+def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int]) -> Window:
+    flags = tuple(map(bool, is_causal))
+    return launch.window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), flags)
 
 
 # CPU and CUDA kernels.
@@ -115,7 +115,7 @@ def _attention_fake(q, k, v, rpb, keys, values, seed, kernel_size, stride, dilat
     given = {"q": q, "k": k, "v": v, "rpb": rpb, "additional_keys": keys, "additional_values": values}
     given["dropout_seed"] = seed
     views = {name: None if t is None else launch.view_of(name, launch.describe(t)) for name, t in given.items()}
-    problem_of(Window.of(len(kernel_size), kernel_size, stride, dilation, is_causal), views, rest[-1])
+    problem_of(Window.of(len(kernel_size), kernel_size, stride, dilation, list(map(bool, is_causal))), views, rest[-1])
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=lse_dtype)
 
