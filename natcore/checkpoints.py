@@ -26,29 +26,39 @@ FilePath = str | os.PathLike[str]
 
 
 def parameter_shapes(config: NATConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a hierarchical NAT, as published, in the model's order."""
+    """Name and shape of every parameter of a model, as published, in the model's order."""
+    shapes = _patch_embed_shapes(config)
     width = config.embed_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "patch_embed.proj.0.weight": (width // 2, config.in_chans, 3, 3),
-        "patch_embed.proj.0.bias": (width // 2,),
-        "patch_embed.proj.1.weight": (width, width // 2, 3, 3),
-        "patch_embed.proj.1.bias": (width,),
-        **_norm("patch_embed.norm", width),
-    }
     for stage, depth in enumerate(config.depths):
         width = config.width(stage)
         for block in range(depth):
             entries = _block_shapes(config, stage)
-            shapes |= {f"levels.{stage}.blocks.{block}.{name}": shape for name, shape in entries.items()}
+            shapes |= {f"{config.block_name(stage, block)}.{name}": shape for name, shape in entries.items()}
         if stage < len(config.depths) - 1:
-            shapes[f"levels.{stage}.downsample.reduction.weight"] = (2 * width, width, 3, 3)
-            shapes |= _norm(f"levels.{stage}.downsample.norm", 2 * width)
+            shapes |= _downsample_shapes(config, stage)
     if config.features_only:
         for stage in range(len(config.depths)):
             shapes |= _norm(f"norm{stage}", config.width(stage))
         return shapes
     shapes |= _norm("norm", width)
     return shapes | (_linear("head", width, config.num_classes) if config.num_classes else {})
+
+
+def _patch_embed_shapes(config: NATConfig) -> dict[str, tuple[int, ...]]:
+    width, side = config.embed_dim, config.patch_size
+    if config.layout == "nat":
+        shapes = _conv("patch_embed.proj.0", config.in_chans, width // 2, 3)
+        shapes |= _conv("patch_embed.proj.1", width // 2, width, 3)
+    else:
+        shapes = _conv("patch_embed.proj", config.in_chans, width, side)
+    return shapes | _norm("patch_embed.norm", width)
+
+
+def _downsample_shapes(config: NATConfig, stage: int) -> dict[str, tuple[int, ...]]:
+    name, width = f"{config.stage_name(stage)}.downsample", config.width(stage)
+    if config.layout == "nat":
+        return {f"{name}.reduction.weight": (2 * width, width, 3, 3)} | _norm(f"{name}.norm", 2 * width)
+    return _linear(f"{name}.reduction", 4 * width, 2 * width, bias=False) | _norm(f"{name}.norm", 4 * width)
 
 
 def _block_shapes(config: NATConfig, stage: int) -> dict[str, tuple[int, ...]]:
@@ -66,6 +76,10 @@ def _block_shapes(config: NATConfig, stage: int) -> dict[str, tuple[int, ...]]:
         **_linear("mlp.fc1", width, hidden),
         **_linear("mlp.fc2", hidden, width),
     }
+
+
+def _conv(name: str, inputs: int, outputs: int, side: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs, side, side), f"{name}.bias": (outputs,)}
 
 
 def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
-"""The hierarchical NAT in flax.nnx: the same model, number for number, as torch_nat's.
+"""The NAT family in flax.nnx: the same models, number for number, as torch_nat's.
 
-Source: Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023) and its published code.
+Sources: Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023); Hassani and Shi, "Dilated
+Neighborhood Attention Transformer" (arXiv 2209.15001); their published code.
 Everything is channels-last. Attribute names are the published parameter names, so that files need no
 table of names. Where flax's defaults differ from the published model (epsilon and variance of norms,
 padding of convolutions, GELU, initialisation), the published model is followed.
@@ -33,17 +34,21 @@ def _norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
-def _conv(inputs: int, outputs: int, use_bias: bool, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
-    """3x3, stride 2, one pixel of padding on every side (SAME would pad even sizes on one side only)."""
+def _conv(inputs: int, outputs: int, use_bias: bool, dtype: Any, rngs: nnx.Rngs, patch: int = 0) -> nnx.Conv:
+    """3x3, stride 2, one pixel of padding on every side (SAME would pad even sizes on one side only).
+
+    With ``patch``, over patches of that side that do not overlap.
+    """
+    side = patch or 3
     return nnx.Conv(
         inputs,
         outputs,
-        (3, 3),
-        strides=2,
-        padding=((1, 1), (1, 1)),
+        (side, side),
+        strides=patch or 2,
+        padding="VALID" if patch else ((1, 1), (1, 1)),
         use_bias=use_bias,
         kernel_init=_conv_init,
-        bias_init=_conv_bias_init(9 * inputs),
+        bias_init=_conv_bias_init(side * side * inputs),
         dtype=dtype,
         rngs=rngs,
     )
@@ -75,6 +80,46 @@ class ConvDownsampler(nnx.Module):
         return self.norm(self.reduction(x))
 
 
+class PatchEmbed(nnx.Module):
+    """One convolution over patches that do not overlap: images ``[B, H, W, in_chans]`` to ``[B, H/p, W/p, C]``.
+
+    Images that are no multiple of the patch get zeros, right and bottom.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.patch_size = patch_size
+        self.proj = _conv(in_chans, embed_dim, True, dtype, rngs, patch=patch_size)
+        self.norm = _norm(embed_dim, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        bottom, right = (-extent % self.patch_size for extent in x.shape[1:3])
+        return self.norm(self.proj(_padded(x, bottom, right)))
+
+
+class PatchMerging(nnx.Module):
+    """Swin's: 2x2 tokens side by side in one, norm, linear: ``[B, H, W, C]`` to ``[B, H/2, W/2, 2C]``.
+
+    Odd maps get zeros, right and bottom. Channels come in the order (0, 0), (1, 0), (0, 1), (1, 1) of
+    (row, column).
+    """
+
+    def __init__(self, width: int, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.reduction = nnx.Linear(
+            4 * width, 2 * width, use_bias=False, kernel_init=published_init, dtype=dtype, rngs=rngs
+        )
+        self.norm = _norm(4 * width, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = _padded(x, *(extent % 2 for extent in x.shape[1:3]))
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 4, 2, 5)
+        return self.reduction(self.norm(x.reshape(batch, height // 2, width // 2, 4 * channels)))
+
+
+def _padded(x: jax.Array, bottom: int, right: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
+
+
 class Mlp(nnx.Module):
     """Linear, exact GELU, linear."""
 
@@ -93,6 +138,7 @@ class NATBlock(nnx.Module):
 
     def __init__(self, config: NATConfig, stage: int, block: int, dtype: Any, rngs: nnx.Rngs) -> None:
         width = config.width(stage)
+        self.padding = partial(config.padding, dilation=config.dilation(stage, block))
         self.norm1 = _norm(width, dtype, rngs)
         self.attn = NeighborhoodAttention2D(
             width,
@@ -125,12 +171,7 @@ class NATBlock(nnx.Module):
         token (its keys are the projection's bias), and is cut off afterwards.
         """
         height, width = x.shape[1:3]
-        window = self.attn.window
-        reach = [k * d for k, d in zip(window.kernel_size, window.dilation, strict=True)]
-        bottom, right = max(reach[0] - height, 0), max(reach[1] - width, 0)
-        if not bottom and not right:
-            return self.attn(x)
-        return self.attn(jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))))[:, :height, :width]
+        return self.attn(_padded(x, self.padding(height), self.padding(width)))[:, :height, :width]
 
 
 def _scaled(x: jax.Array, gamma: nnx.Param | None) -> jax.Array:
@@ -143,7 +184,8 @@ class NATStage(nnx.Module):
     def __init__(self, config: NATConfig, stage: int, dtype: Any, rngs: nnx.Rngs) -> None:
         self.blocks = nnx.List([NATBlock(config, stage, block, dtype, rngs) for block in range(config.depths[stage])])
         last = stage == len(config.depths) - 1
-        self.downsample = None if last else ConvDownsampler(config.width(stage), dtype, rngs)
+        downsampler = ConvDownsampler if config.layout == "nat" else PatchMerging
+        self.downsample = None if last else downsampler(config.width(stage), dtype, rngs)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The map before downsampling, and the next stage's input (the same for the last stage)."""
@@ -153,11 +195,11 @@ class NATStage(nnx.Module):
 
 
 class NAT(nnx.Module):
-    """A hierarchical NAT for images ``[batch, height, width, in_chans]``.
+    """A model of the NAT family for images ``[batch, height, width, in_chans]``.
 
     Returns logits ``[batch, num_classes]``; with ``num_classes=0`` the pooled features
     ``[batch, width of the last stage]``; with ``features_only`` one normed map per stage,
-    ``[batch, ~height / 2**(i + 2), ~width / 2**(i + 2), embed_dim * 2**i]``.
+    ``[batch, ~height / (p * 2**i), ~width / (p * 2**i), embed_dim * 2**i]``, p the config's patch_size.
 
     ``dtype`` is that of the computation (parameters are float32); by default, the promoted dtype of
     images and parameters.
@@ -166,9 +208,18 @@ class NAT(nnx.Module):
     def __init__(self, config: NATConfig, *, dtype: Any = None, rngs: nnx.Rngs) -> None:
         self.config = config
         stages = len(config.depths)
-        self.patch_embed = ConvTokenizer(config.in_chans, config.embed_dim, dtype, rngs)
+        self.patch_embed = (
+            ConvTokenizer(config.in_chans, config.embed_dim, dtype, rngs)
+            if config.layout == "nat"
+            else PatchEmbed(config.in_chans, config.embed_dim, config.patch_size, dtype, rngs)
+        )
         self.pos_drop = dropout(config.drop_rate, rngs)
-        self.levels = nnx.List([NATStage(config, stage, dtype, rngs) for stage in range(stages)])
+        trunk = (
+            [NATBlock(config, 0, block, dtype, rngs) for block in range(config.depths[0])]
+            if config.flat
+            else [NATStage(config, stage, dtype, rngs) for stage in range(stages)]
+        )
+        setattr(self, config.trunk_name, nnx.List(trunk))
         if config.features_only:
             for stage in range(stages):
                 setattr(self, f"norm{stage}", _norm(config.width(stage), dtype, rngs))
@@ -185,8 +236,8 @@ class NAT(nnx.Module):
             )
         x = self.pos_drop(self.patch_embed(images))
         maps = []
-        for stage, level in enumerate(self.levels):
-            before, x = level(x)
+        for stage in range(len(self.config.depths)):
+            before, x = self._stage(stage, x)
             if self.config.features_only:
                 maps.append(getattr(self, f"norm{stage}")(before))
         if self.config.features_only:
@@ -194,9 +245,18 @@ class NAT(nnx.Module):
         pooled = self.norm(x).mean(axis=(1, 2))
         return pooled if self.head is None else self.head(pooled)
 
+    def _stage(self, stage: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The map before downsampling, and the next stage's input."""
+        trunk = getattr(self, self.config.trunk_name)
+        if not self.config.flat:
+            return trunk[stage](x)
+        for block in trunk:
+            x = block(x)
+        return x, x
+
 
 def create_model(name: str, *, dtype: Any = None, rngs: nnx.Rngs, **changes: object) -> NAT:
-    """A published variant by name (nat_mini, nat_tiny, nat_small, nat_base), freshly initialised.
+    """A published variant by name (`natcore.models.MODELS`: nat_tiny, dinat_s_base, ...), freshly initialised.
 
     ``changes`` are fields of `natcore.models.NATConfig`: ``num_classes`` (0: pooled features),
     ``features_only``, ``drop_path_rate``, and so on. Raises ValueError for an unknown name.

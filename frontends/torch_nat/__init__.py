@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("torch_nat needs PyTorch: pip install 'natcore[torch]'") from error
 
-from torch_nat.checkpoints import load, save
+from torch_nat.checkpoints import load, published_state_dict, save
 from torch_nat.functional import na1d, na1d_qkvpacked, na2d, na2d_qkvpacked, na3d, na3d_qkvpacked
 from torch_nat.layers import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from torch_nat.models import NAT, create_model
@@ -23,5 +23,6 @@ __all__ = [
     "na2d_qkvpacked",
     "na3d",
     "na3d_qkvpacked",
+    "published_state_dict",
     "save",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from natcore import checkpoints
 from natcore.checkpoints import FilePath
-from torch_nat.models import NAT
+from torch_nat.models import NAT, relative_position_index
 
 
 def save(model: nn.Module, path: FilePath) -> None:
@@ -33,6 +33,16 @@ def load(path: FilePath) -> NAT:
         model = NAT(config)
     model.load_state_dict({name: _to_torch(array) for name, array in arrays.items()}, strict=True, assign=True)
     return model.eval()
+
+
+def published_state_dict(model: NAT) -> dict[str, Tensor]:
+    """A model's state dict as its published code expects it: with a ViT-rpb's index buffers."""
+    state, config = dict(model.state_dict()), model.config
+    if config.layout == "vit_rpb":
+        for block in range(config.depths[0]):
+            name = f"{config.block_name(0, block)}.attn.relative_position_index"
+            state[name] = relative_position_index(config.kernel_size)
+    return state
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -1,10 +1,13 @@
-"""The hierarchical NAT: classification and feature maps, exactly as the published checkpoints need it.
+"""The NAT family: classification and feature maps, exactly as the published checkpoints need it.
 
-Source: Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023) and its published code. Maps
-are channels-last between the convolutions; parameter names are the published ones.
+Sources: Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023); Hassani and Shi, "Dilated
+Neighborhood Attention Transformer" (arXiv 2209.15001); their published code. Maps are channels-last
+between the convolutions; parameter names are the published ones.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +44,45 @@ class ConvDownsampler(nn.Module):
         return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
+class PatchEmbed(nn.Module):
+    """One convolution over patches that do not overlap: images ``[B, in_chans, H, W]`` to ``[B, H/p, W/p, C]``.
+
+    Images that are no multiple of the patch get zeros, right and bottom.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bottom, right = (-extent % self.patch_size for extent in x.shape[2:])
+        if bottom or right:
+            x = F.pad(x, (0, right, 0, bottom))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's: 2x2 tokens side by side in one, norm, linear: ``[B, H, W, C]`` to ``[B, H/2, W/2, 2C]``.
+
+    Odd maps get zeros, right and bottom. Channels come in the order (0, 0), (1, 0), (0, 1), (1, 1) of
+    (row, column).
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bottom, right = (extent % 2 for extent in x.shape[1:3])
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, H/2, row, W/2, column, C]
+        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+
+
 class Mlp(nn.Module):
     """Linear, exact GELU, linear."""
 
@@ -61,6 +103,7 @@ class NATBlock(nn.Module):
     def __init__(self, config: NATConfig, stage: int, block: int):
         super().__init__()
         dim = config.width(stage)
+        self.padding = partial(config.padding, dilation=config.dilation(stage, block))
         self.norm1 = nn.LayerNorm(dim)
         self.attn = NeighborhoodAttention2D(
             dim,
@@ -90,9 +133,7 @@ class NATBlock(nn.Module):
         token (its keys are the projection's bias), and is cut off afterwards.
         """
         height, width = x.shape[1:3]
-        window = self.attn.window
-        reach = [k * d for k, d in zip(window.kernel_size, window.dilation, strict=True)]
-        bottom, right = max(reach[0] - height, 0), max(reach[1] - width, 0)
+        bottom, right = self.padding(height), self.padding(width)
         if not bottom and not right:
             return self.attn(x)
         return self.attn(F.pad(x, (0, 0, 0, right, 0, bottom)))[:, :height, :width]
@@ -109,7 +150,8 @@ class NATStage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(NATBlock(config, stage, block) for block in range(config.depths[stage]))
         last = stage == len(config.depths) - 1
-        self.downsample = None if last else ConvDownsampler(config.width(stage))
+        downsampler = ConvDownsampler if config.layout == "nat" else PatchMerging
+        self.downsample = None if last else downsampler(config.width(stage))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map before downsampling, and the next stage's input (the same for the last stage)."""
@@ -118,28 +160,52 @@ class NATStage(nn.Module):
         return x, x if self.downsample is None else self.downsample(x)
 
 
+class FlatStage(nn.ModuleList):
+    """The blocks of a model that has one stage, without a name of their own among the parameters."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map, twice: see NATStage."""
+        for block in self:
+            x = block(x)
+        return x, x
+
+
 class NAT(nn.Module):
-    """A hierarchical NAT for images ``[batch, in_chans, height, width]``.
+    """A model of the NAT family for images ``[batch, in_chans, height, width]``.
 
     Returns logits ``[batch, num_classes]``; with ``num_classes=0`` the pooled features
     ``[batch, width of the last stage]``; with ``features_only`` one normed map per stage,
-    ``[batch, embed_dim * 2**i, ~height / 2**(i + 2), ~width / 2**(i + 2)]``.
+    ``[batch, embed_dim * 2**i, ~height / (p * 2**i), ~width / (p * 2**i)]``, p the config's patch_size.
+
+    State dicts have the published names. A ViT-rpb's published buffer ``relative_position_index`` may be
+    among them: it is checked and dropped (`torch_nat.published_state_dict` gives it back).
     """
 
     def __init__(self, config: NATConfig):
         super().__init__()
         self.config = config
-        stages = len(config.depths)
-        self.patch_embed = ConvTokenizer(config.in_chans, config.embed_dim)
+        self.patch_embed = (
+            ConvTokenizer(config.in_chans, config.embed_dim)
+            if config.layout == "nat"
+            else PatchEmbed(config.in_chans, config.embed_dim, config.patch_size)
+        )
         self.pos_drop = nn.Dropout(config.drop_rate)
-        self.levels = nn.ModuleList(NATStage(config, stage) for stage in range(stages))
+        stages = range(len(config.depths))
+        trunk = (
+            FlatStage(NATBlock(config, 0, block) for block in range(config.depths[0]))
+            if config.flat
+            else nn.ModuleList(NATStage(config, stage) for stage in stages)
+        )
+        self.add_module(config.trunk_name, trunk)
         if config.features_only:
-            for stage in range(stages):
+            for stage in stages:
                 self.add_module(f"norm{stage}", nn.LayerNorm(config.width(stage)))
         else:
-            width = config.width(stages - 1)
+            width = config.width(stages[-1])
             self.norm = nn.LayerNorm(width)
             self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
+        if config.layout == "vit_rpb":
+            self.register_load_state_dict_pre_hook(_drop_relative_position_index)
         self.apply(_initialize)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -149,12 +215,37 @@ class NAT(nn.Module):
             )
         x = self.pos_drop(self.patch_embed(x))
         maps: list[Tensor] = []
-        for stage, level in enumerate(self.levels):
-            before, x = level(x)
+        for stage in range(len(self.config.depths)):
+            before, x = self.get_submodule(self.config.stage_name(stage))(x)
             if self.config.features_only:
                 norm = self.get_submodule(f"norm{stage}")
                 maps.append(norm(before).permute(0, 3, 1, 2).contiguous())
         return maps if self.config.features_only else self.head(self.norm(x).mean(dim=(1, 2)))
+
+
+def relative_position_index(side: int) -> Tensor:
+    """ViT-rpb's published buffer ``[side**2, side**2]``: the place in a flat table of query i's bias for key j.
+
+    It is the rule of every bias table here: key minus query, plus side - 1, per axis.
+    """
+    row, column = (at.flatten() for at in torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"))
+    rows, columns = (at[None, :] - at[:, None] + side - 1 for at in (row, column))
+    return rows * (2 * side - 1) + columns
+
+
+def _drop_relative_position_index(module: nn.Module, state: dict, prefix: str, *args: object) -> None:
+    """A load_state_dict pre-hook. Raises ValueError for an index by which the tables would mean something else."""
+    config: NATConfig = module.config  # type: ignore[assignment]
+    for block in range(config.depths[0]):
+        name = f"{prefix}{config.block_name(0, block)}.attn.relative_position_index"
+        if name not in state:
+            continue
+        index, expected = state.pop(name), relative_position_index(config.kernel_size)
+        if not torch.equal(index.cpu(), expected):
+            raise ValueError(
+                f"{name} {tuple(index.shape)} is not key minus query on a map of {config.kernel_size} x "
+                f"{config.kernel_size} {tuple(expected.shape)}: its tables do not fit this model."
+            )
 
 
 def _initialize(module: nn.Module) -> None:
@@ -166,7 +257,7 @@ def _initialize(module: nn.Module) -> None:
 
 
 def create_model(name: str, **changes: object) -> NAT:
-    """A published variant by name (nat_mini, nat_tiny, nat_small, nat_base), freshly initialised.
+    """A published variant by name (`natcore.models.MODELS`: nat_tiny, dinat_s_base, ...), freshly initialised.
 
     ``changes`` are fields of `natcore.models.NATConfig`: ``num_classes`` (0: pooled features),
     ``features_only``, ``drop_path_rate``, and so on. Raises ValueError for an unknown name.

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 import jax_nat
-from natcore.models import MODELS
 from natcore.problem import GRADIENTS
 from tests.cases import CASES, check, inputs
+from tests.family import OF_EVERY_LAYOUT
 from tests.jax.test_functional import CASE, _packed, function, operands, results
 from tests.jax.test_programs import SAFE, python
 
@@ -184,7 +184,7 @@ def test_the_execute_stage_is_native():
     assert [handler.address for handler in numba_handler._forever].count(native.execute_stage()) == 1
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", OF_EVERY_LAYOUT)
 def test_logits_equal_torch(name, tmp_path):
     torch = pytest.importorskip("torch")
     import torch_nat

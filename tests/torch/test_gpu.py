@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import torch_nat
-from natcore.models import MODELS
 from tests.cases import CASES, Case, check, inputs
+from tests.family import OF_EVERY_LAYOUT
 from tests.torch.common import OPTIONAL, PACKED, run, tensors_of, to_numpy
 from tests.torch.test_functional import Looking
 from tests.torch.test_models import SMALL
@@ -252,7 +252,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
     assert error <= tolerance * expected.abs().max().item(), error
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", OF_EVERY_LAYOUT)
 def test_logits_equal_the_cpu_s(name: str):
     torch.manual_seed(0)
     model, x = torch_nat.create_model(name, num_classes=100).eval(), torch.randn(1, 3, 224, 224)

@@ -28,5 +28,6 @@ def test_public_names():
 
     names = {f"na{r}d{suffix}" for r in (1, 2, 3) for suffix in ("", "_qkvpacked")}
     names |= {f"NeighborhoodAttention{r}D" for r in (1, 2, 3)} | {"NAT", "create_model", "save", "load"}
+    names |= {"published_state_dict"}
     assert set(torch_nat.__all__) == names
     assert all(callable(getattr(torch_nat, name)) for name in names)
