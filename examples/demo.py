@@ -56,7 +56,7 @@ def attention(model: torch.nn.Module, images: torch.Tensor, block: int, query: t
     heads = digits.CONFIG.num_heads[0]
     q, k, _ = seen[0].view(count, height, width, 3, heads, channels // 3 // heads).unbind(dim=3)
     one_hot = torch.eye(height * width, device=q.device).view(1, height, width, 1, -1)
-    weights = torch_nat.na2d(
+    weights: Any = torch_nat.na2d(
         q, k, one_hot.expand(count, -1, -1, heads, -1).contiguous(),
         digits.CONFIG.kernel_size, dilation=digits.CONFIG.dilation(0, block), rpb=attn.rpb,
     )  # fmt: skip
@@ -69,7 +69,7 @@ def neighborhood(block: int, query: tuple[int, int], side: int) -> np.ndarray:
     return reference.window_mask(window, (side, side))[query[0] * side + query[1]].reshape(side, side)
 
 
-def draw(trainer: train_torch.Trainer, jax_model: Any, logits: np.ndarray) -> plt.Figure:  # type: ignore[name-defined]
+def draw(trainer: train_torch.Trainer, jax_model: Any, logits: np.ndarray) -> Any:
     """Predictions in the first row; one digit's neighbourhoods, attention and saliency in the second."""
     chosen = trainer.validation_digits
     figure, axes = plt.subplots(2, 6, figsize=(13, 5), layout="constrained")
@@ -113,8 +113,8 @@ def _image(axis: Any, image: np.ndarray, title: str, query: tuple[int, int], key
     axis.imshow(image, cmap="gray_r")
     axis.set_title(title)
     for row, column in np.argwhere(keys) if keys is not None else ():
-        axis.add_patch(plt.Rectangle((4 * column - 0.5, 4 * row - 0.5), 4, 4, fc="tab:blue", ec="w", alpha=0.45))  # type: ignore[attr-defined]
-    axis.add_patch(plt.Rectangle((4 * query[1] - 0.5, 4 * query[0] - 0.5), 4, 4, fc="none", ec="tab:red", lw=2))  # type: ignore[attr-defined]
+        axis.add_patch(plt.Rectangle((4 * column - 0.5, 4 * row - 0.5), 4, 4, fc="tab:blue", ec="w", alpha=0.45))
+    axis.add_patch(plt.Rectangle((4 * query[1] - 0.5, 4 * query[0] - 0.5), 4, 4, fc="none", ec="tab:red", lw=2))
 
 
 def main(arguments: list[str] | None = None) -> None:

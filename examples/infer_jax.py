@@ -27,15 +27,15 @@ def load(path: Path) -> jax_nat.NAT:
 
 @nnx.jit
 def _logits(model: jax_nat.NAT, images: ArrayLike) -> jax.Array:
-    return model(images)
+    return jnp.asarray(model(jnp.asarray(images)))
 
 
 @nnx.jit
 def _score_gradient(model: jax_nat.NAT, images: ArrayLike, classes: ArrayLike) -> jax.Array:
     def score(x: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(model(x), jnp.asarray(classes)[:, None], axis=1).sum()
+        return jnp.take_along_axis(jnp.asarray(model(x)), jnp.asarray(classes)[:, None], axis=1).sum()
 
-    return jax.grad(score)(images)
+    return jax.grad(score)(jnp.asarray(images))
 
 
 def logits(model: jax_nat.NAT, images: np.ndarray, batch: int = 250) -> np.ndarray:
