@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ours import bind_kernels
-from benchmarks.peers import Bound, Inputs, bind_sdpa, bind_swin, block_mask, differentiable
+from benchmarks.peers import Bound, Inputs, bind_sdpa, bind_swin, differentiable
 from benchmarks.shapes import Row
 
 ROWS = (
@@ -55,12 +55,31 @@ def row_major_keys(row: Row):
     return window_mask(row.window, row.spatial).nonzero()[1].reshape(row.tokens, -1)
 
 
+def neighborhood_mask(row: Row) -> Callable[..., Tensor]:
+    """FlexAttention's mask_mod of a two-dimensional row: plain arithmetic on indices, which its CPU code likes best."""
+    width = row.spatial[1]
+
+    def sees(axis: int, i: Tensor, j: Tensor) -> Tensor:
+        extent, reach, dilation = row.spatial[axis], row.window.kernel_size[axis] // 2, row.window.dilation[axis]
+        if dilation == 1:
+            return (i.clamp(reach, extent - 1 - reach) - j).abs() <= reach
+        last = (extent - i % dilation + dilation - 1) // dilation - 1 - reach
+        center = torch.minimum((i // dilation).clamp(min=reach), last)
+        return (i % dilation == j % dilation) & ((center - j // dilation).abs() <= reach)
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(0, query // width, key // width) & sees(1, query % width, key % width)
+
+    return mask
+
+
 def bind_flex(row: Row, inputs: Inputs) -> Bound:
     """Compiled FlexAttention; on the CPU it has no backward."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch.compiler.reset()
-    compiled, mask = torch.compile(flex_attention, dynamic=False), block_mask(row, inputs.q.device)
+    mask = create_block_mask(neighborhood_mask(row), None, None, row.tokens, row.tokens, device="cpu")
+    compiled = torch.compile(flex_attention, dynamic=False)
     tensors = [x.flatten(1, -3).transpose(1, 2).contiguous() for x in inputs[:3]]
 
     def forward() -> Tensor:
