@@ -44,6 +44,10 @@ class Kind(Protocol):
         """Where an array made by `empty` lies."""
         ...
 
+    def namespace(self, like: Any) -> Any:
+        """The module that has the library's functions."""
+        ...
+
     def current_stream(self, device: Device) -> int: ...
 
     def finish(self, device: Device, stream: int | None) -> None:
@@ -93,6 +97,9 @@ class NumPyKind(_DLPackKind):
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> np.ndarray:
         return np.empty(shape, like.dtype if like.dtype.name == dtype else np.dtype(dtype))
 
+    def namespace(self, like: np.ndarray) -> Any:
+        return np
+
     def address(self, fresh: np.ndarray) -> int:
         return fresh.__array_interface__["data"][0]
 
@@ -130,6 +137,9 @@ class TorchKind(_DLPackKind):
         with self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream, device.index)):
             return self._torch.empty(shape, dtype=self._dtypes[dtype], device=like.device)
 
+    def namespace(self, like: Any) -> Any:
+        return self._torch
+
     def address(self, fresh: Any) -> int:
         return fresh.data_ptr()
 
@@ -161,6 +171,9 @@ class CuPyKind(_DLPackKind):
         with cuda.Device(device.index), nullcontext() if current else cuda.ExternalStream(stream, device.index):
             return self._cupy.empty(shape, like.dtype if like.dtype.name == dtype else dtype)
 
+    def namespace(self, like: Any) -> Any:
+        return self._cupy
+
     def address(self, fresh: Any) -> int:
         return fresh.data.ptr
 
@@ -191,6 +204,9 @@ class JaxKind(_DLPackKind):
         fresh = self._jax.numpy.empty(shape, dtype, device=next(iter(like.devices())))
         return fresh.block_until_ready()
 
+    def namespace(self, like: Any) -> Any:
+        return self._jax.numpy
+
     def address(self, fresh: Any) -> int:
         return fresh.unsafe_buffer_pointer()
 
@@ -214,6 +230,9 @@ class ArrayApiKind(_DLPackKind):
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> Any:
         xp = like.__array_namespace__()
         return xp.empty(shape, dtype=getattr(xp, dtype), device=like.device)
+
+    def namespace(self, like: Any) -> Any:
+        return like.__array_namespace__()
 
     def address(self, fresh: Any) -> int:
         return dlpack.view(dlpack.export(fresh, None), Device("cpu"))[0].ptr

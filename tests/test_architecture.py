@@ -20,7 +20,7 @@ LAYERS = [
     {"natcore.compiling"},
     {"natcore.device"},
     {"natcore.backends"},
-    {"natcore.api", "natcore.arrays", "natcore.dlpack"},
+    {"natcore.api", "natcore.merging", "natcore.arrays", "natcore.dlpack"},
     {"natcore"},
     {"natcore.info", "natcore.__main__"},
 ]

@@ -88,7 +88,7 @@ def forward(
     out, lse = (None if r is None else first.new_empty(r[0], dtype=r[1]) for r in prepared.results)
     assert out is not None
     pointers = _pointers(leading, prepared.qkv_step) + [0 if t is None else t.data_ptr() for t in (*extras, out, lse)]
-    _run(prepared, scale, pointers, first.device)
+    run(prepared, scale, pointers, first.device)
     return out, lse
 
 
@@ -106,7 +106,7 @@ def backward(
     ``saved``: d_out, out, lse, d_lse. A packed gradient is written directly as one tensor.
     """
     d_out, out, lse, d_lse = saved
-    d_out, d_lse = _readable(d_out), None if d_lse is None else _readable(d_lse)
+    d_out, d_lse = readable(d_out), None if d_lse is None else readable(d_lse)
     tensors = (d_out, *leading, out, lse, d_lse, *extras)
     prepared = prepare_backward(window, config, dropout_p, *[None if t is None else describe(t) for t in tensors])
     device = d_out.device
@@ -116,7 +116,7 @@ def backward(
     pointers += [0 if t is None else t.data_ptr() for t in tensors[1 + count :]]
     pointers += _pointers(results[:count], prepared.dqkv_step)
     pointers += [0 if t is None else t.data_ptr() for t in results[count:]]
-    _run(prepared, scale, pointers, device)
+    run(prepared, scale, pointers, device)
     return tuple(results)
 
 
@@ -133,7 +133,7 @@ def describe(tensor: Tensor) -> Description:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _readable(gradient: Tensor) -> Tensor:
+def readable(gradient: Tensor) -> Tensor:
     """What autograd hands over may be expanded or strided at will: then, and only then, a copy."""
     strides = gradient.stride()
     if 0 in strides or (strides[-1] != 1 and gradient.shape[-1] > 1):
@@ -182,7 +182,7 @@ def _prepare(
         shape, dtype = problem.shapes[name], problem.dtype_of(name)
         present = name in wanted and problem.has(name)
         views[name] = View(0, shape, contiguous_strides(shape), dtype, q.device) if present else None
-    results = tuple(_allocation(views[name]) for name in RESULTS[direction])
+    results = tuple(allocation(views[name]) for name in RESULTS[direction])
     steps = (0, 0) if packed is None else (packed[1][-3], prod(q.shape[-2:]))
     if packed is not None and direction == "backward":
         whole = contiguous_strides(tuple(packed[0]))
@@ -213,11 +213,16 @@ def view_of(name: str, description: Description) -> View:
     return View(0, tuple(shape), tuple(strides), _NAMES[dtype], Device(device.type, device.index or 0))
 
 
-def _allocation(result: View | None) -> tuple[tuple[int, ...], torch.dtype] | None:
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of natcore's name."""
+    return _DTYPES[name]
+
+
+def allocation(result: View | None) -> tuple[tuple[int, ...], torch.dtype] | None:
     return None if result is None else (result.shape, _DTYPES[result.dtype])
 
 
-def _run(prepared: Prepared, scale: float | None, pointers: list[int], device: torch.device) -> None:
+def run(prepared: Prepared, scale: float | None, pointers: list[int], device: torch.device) -> None:
     """Launch on the current stream of the tensors' device; scratch memory comes from torch's allocator.
 
     The stream orders every later use of that memory, so it may be freed as soon as this returns.

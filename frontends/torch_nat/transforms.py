@@ -15,15 +15,15 @@ from torch_nat import ops
 from torch_nat.ops import LIBRARY
 
 # Where the batch and the heads of each tensor argument are. A table of biases has no batch.
-_MAP, _LSE, _RPB = (0, -2), (0, -1), (None, 0)
-_EXTRAS, _SEED = (_RPB, _MAP, _MAP), (None, None)
-_FORWARD = (_MAP, _LSE)
+MAP, _LSE, RPB = (0, -2), (0, -1), (None, 0)
+_EXTRAS, _SEED = (RPB, MAP, MAP), (None, None)
+_FORWARD = (MAP, _LSE)
 #: Per operation: the axes of its tensor arguments and of its results.
 _AXES = {
-    "attention": ((_MAP, _MAP, _MAP, *_EXTRAS, _SEED), _FORWARD),
-    "attention_packed": ((_MAP, *_EXTRAS, _SEED), _FORWARD),
-    "attention_backward": ((_MAP,) * 5 + (_LSE, _LSE, *_EXTRAS, _SEED), (_MAP, _MAP, _MAP, *_EXTRAS)),
-    "attention_packed_backward": ((_MAP,) * 3 + (_LSE, _LSE, *_EXTRAS, _SEED), (_MAP, *_EXTRAS)),
+    "attention": ((MAP, MAP, MAP, *_EXTRAS, _SEED), _FORWARD),
+    "attention_packed": ((MAP, *_EXTRAS, _SEED), _FORWARD),
+    "attention_backward": ((MAP,) * 5 + (_LSE, _LSE, *_EXTRAS, _SEED), (MAP, MAP, MAP, *_EXTRAS)),
+    "attention_packed_backward": ((MAP,) * 3 + (_LSE, _LSE, *_EXTRAS, _SEED), (MAP, *_EXTRAS)),
 }
 
 
@@ -35,7 +35,7 @@ def _vmap(name: str) -> Callable:
     is folded, since what a seed drops depends on the shape.
     """
     operation, (axes, result_axes) = getattr(torch.ops.natcore, name), _AXES[name]
-    rpb_at = axes.index(_RPB)
+    rpb_at = axes.index(RPB)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple, tuple]:
         size, tensors, rest = info.batch_size, args[: len(axes)], args[len(axes) :]
@@ -43,7 +43,7 @@ def _vmap(name: str) -> Callable:
             return _one_by_one(operation, size, in_dims, args)
         by_heads = tensors[rpb_at] is not None and (in_dims[rpb_at] is not None or name.endswith("backward"))
         folded = [
-            None if tensor is None else _fold(tensor, dim, heads if by_heads else batch, size)
+            None if tensor is None else fold(tensor, dim, heads if by_heads else batch, size)
             for tensor, dim, (batch, heads) in zip(tensors, in_dims, axes, strict=False)
         ]
         results = operation(*folded, *rest)
@@ -51,7 +51,7 @@ def _vmap(name: str) -> Callable:
         present = [True] * (len(result_axes) - len(present)) + present if name.endswith("backward") else [True, True]
         return (
             tuple(
-                _unfold(result, heads if by_heads else batch, size) if is_present else result
+                unfold(result, heads if by_heads else batch, size) if is_present else result
                 for result, is_present, (batch, heads) in zip(results, present, result_axes, strict=True)
             ),
             tuple(0 if is_present else None for is_present in present),
@@ -70,7 +70,7 @@ def _one_by_one(operation: Callable, size: int, in_dims: tuple[int | None, ...],
     return results, (0,) * len(results)
 
 
-def _fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
+def fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
     """The mapped axis ``dim`` merged into ``axis`` of what remains; None: there is nothing to merge into."""
     if axis is None:
         return tensor  # a bias that is shared by the whole batch
@@ -84,8 +84,8 @@ def _fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tenso
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _unfold(tensor: Tensor, axis: int | None, size: int) -> Tensor:
-    """Inverse of `_fold`, with the mapped axis in front."""
+def unfold(tensor: Tensor, axis: int | None, size: int) -> Tensor:
+    """Inverse of `fold`, with the mapped axis in front."""
     assert axis is not None  # gradients of a bias are folded by heads
     at = axis % tensor.dim()
     return tensor.unflatten(at, (size, tensor.shape[at] // size)).movedim(at, 0)
@@ -94,7 +94,7 @@ def _unfold(tensor: Tensor, axis: int | None, size: int) -> Tensor:
 def _autocast(name: str, device_type: str) -> Callable:
     operation = getattr(torch.ops.natcore, name)
     key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
-    rpb_at = _AXES[name][0].index(_RPB)
+    rpb_at = _AXES[name][0].index(RPB)
 
     def kernel(*args: Any) -> tuple[Tensor, Tensor]:
         cast = cast_operands(args, rpb_at, device_type)
