@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +120,8 @@ def write(path: FilePath, config: NATConfig, arrays: Mapping[str, np.ndarray]) -
         _safetensors().numpy.save_file(contiguous, temporary, metadata)
 
 
-def read(path: FilePath) -> tuple[NATConfig, dict[str, str], dict[str, np.ndarray]]:
-    """The config, the metadata and the arrays of a model file.
+def read(path: FilePath, **changes: object) -> tuple[NATConfig, dict[str, str], dict[str, np.ndarray]]:
+    """The config, the metadata and the arrays of a model file, with fields of the config changed (`changed`).
 
     Raises ValueError for a file that is truncated, altered, of another kind, or whose names, shapes
     or dtypes do not fit its config; OSError where it cannot be opened.
@@ -139,7 +140,51 @@ def read(path: FilePath) -> tuple[NATConfig, dict[str, str], dict[str, np.ndarra
     stored, actual = metadata.get("sha256"), _digest(metadata["config"], arrays)
     if stored not in (None, actual):
         raise ValueError(f"{path} was altered after it was written: its sha256 is {actual}, but it states {stored}.")
+    config, arrays = changed(config, arrays, path, **changes)
     return config, metadata, arrays
+
+
+def changed(
+    config: NATConfig, arrays: Mapping[str, np.ndarray], source: object = "these arrays", **changes: object
+) -> tuple[NATConfig, dict[str, np.ndarray]]:
+    """A model with some fields of its config changed; a new kernel_size resizes its bias tables.
+
+    Raises ValueError where other parameters do not fit the new config.
+    """
+    new = replace(config, **changes)  # type: ignore[arg-type]
+    resized = dict(arrays)
+    if new.kernel_size != config.kernel_size:
+        side = 2 * new.kernel_size - 1
+        resized |= {n: resize_rpb(a, (side,) * (a.ndim - 1)) for n, a in arrays.items() if n.endswith(".rpb")}
+    check(new, resized, source)
+    return new, resized
+
+
+def resize_rpb(table: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """A bias table ``[heads, *axes]`` for another kernel size, ``[heads, *shape]``, in its own dtype.
+
+    Bicubic as published for 7 -> 11 and as in Swin: half-pixel centres, edges repeated (the figures of
+    torch's ``interpolate(..., mode="bicubic", align_corners=False)``).
+    """
+    if len(shape) != table.ndim - 1:
+        raise ValueError(f"shape {tuple(shape)} must have one entry per axis of the table {table.shape} but the first.")
+    resized = table.astype(np.float64)
+    for axis, size in enumerate(shape, start=1):
+        resized = np.moveaxis(np.moveaxis(resized, axis, -1) @ _bicubic(table.shape[axis], size).T, -1, axis)
+    return np.ascontiguousarray(resized.astype(table.dtype))
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """``[new, old]``: the weights of Keys' cubic convolution (1981) with a = -3/4."""
+    a = -0.75
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    left = np.floor(centres).astype(int)
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        d = np.abs(centres - (left + tap))
+        near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+        weights[np.arange(new), np.clip(left + tap, 0, old - 1)] += np.where(d <= 1, near, far)
+    return weights
 
 
 def _read_safetensors(path: FilePath) -> tuple[dict[str, str], dict[str, np.ndarray]]:

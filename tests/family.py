@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from natcore.models import NATConfig
+
 
 @dataclass(frozen=True)
 class Row:
@@ -50,15 +52,20 @@ ROWS: dict[str, Row] = {
     "vit_rpb_base": Row((12,), (24,), 768, 4, 0.4, False, 14, (1,), 224, 86_627_080, 17.5),
 }
 
+#: One small model of each layout but NAT's own.
+SWIN = NATConfig(32, (2, 2), (1, 2), mlp_ratio=2, kernel_size=3, dilations=((1, 2), (1, 1)), layout="dinat_s")
+ISOTROPIC = NATConfig(64, (2,), (2,), mlp_ratio=2, kernel_size=3, dilations=((1, 2),), layout="isotropic")
+VIT = NATConfig(64, (2,), (2,), mlp_ratio=2, kernel_size=4, layout="vit_rpb")
+
 #: For tests that run whole models: NAT in every size, and one of everything else.
 OF_EVERY_LAYOUT = (
     *("nat_mini", "nat_tiny", "nat_small", "nat_base"),
-    *("dinat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vit_rpb_small"),
+    *("dinat_s_tiny", "dinat_mini", "dinat_isotropic_small", "vit_rpb_small"),
 )
 
 
-def published_shapes(name: str, classes: int = 1000) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of a published classification checkpoint, written out.
+def published_shapes(name: str, depths: tuple[int, ...] | None = None) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a published classification checkpoint, written out; with other depths if given.
 
     Without the buffers ``attn.relative_position_index`` of a ViT-rpb.
     """
@@ -76,7 +83,7 @@ def published_shapes(name: str, classes: int = 1000) -> dict[str, tuple[int, ...
         both("patch_embed.proj.0", width // 2, 3, 3, 3)
         both("patch_embed.proj.1", width, width // 2, 3, 3)
     both("patch_embed.norm", width)
-    for i, depth in enumerate(row.depths):
+    for i, depth in enumerate(depths or row.depths):
         d, stage = width * 2**i, f"{'layers' if swin else 'levels'}.{i}"
         for j in range(depth):
             block = f"layers.{j}" if flat else f"{stage}.blocks.{j}"
@@ -94,5 +101,5 @@ def published_shapes(name: str, classes: int = 1000) -> dict[str, tuple[int, ...
             both(f"{stage}.downsample.norm", 4 * d if swin else 2 * d)
     last = width * 2 ** (len(row.depths) - 1)
     both("norm", last)
-    both("head", classes, last)
+    both("head", 1000, last)
     return shapes

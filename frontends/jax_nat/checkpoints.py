@@ -25,15 +25,18 @@ def save(model: NAT, path: FilePath) -> None:
     checkpoints.write(path, model.config, arrays)
 
 
-def load(path: FilePath, *, dtype: Any = None, rngs: nnx.Rngs | None = None) -> NAT:
+def load(path: FilePath, *, dtype: Any = None, rngs: nnx.Rngs | None = None, **changes: object) -> NAT:
     """The model of a file that `save` or torch_nat wrote, in evaluation mode.
 
     Parameters keep the file's dtypes (float64 only where JAX has it enabled); ``dtype`` is that of the
     computation. ``rngs``, by default ``nnx.Rngs(0)``, seeds drop path and dropout, should training go on.
+    ``changes`` are fields of its config: dilations and rates as they come; a new ``kernel_size`` resizes
+    the bias tables (bicubic, as published).
 
-    Raises ValueError, listing every mismatch, for a file that is truncated, altered or of another kind.
+    Raises ValueError, listing every mismatch, for a file that is truncated, altered or of another kind, and
+    where parameters do not fit the changes.
     """
-    config, _, arrays = checkpoints.read(path)
+    config, _, arrays = checkpoints.read(path, **changes)
     rngs = nnx.Rngs(0) if rngs is None else rngs
     abstract = nnx.eval_shape(lambda: NAT(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, _, rest = nnx.split(abstract, nnx.Param, ...)

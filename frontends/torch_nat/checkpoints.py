@@ -22,13 +22,16 @@ def save(model: nn.Module, path: FilePath) -> None:
     checkpoints.write(path, model.config, {name: _to_numpy(t) for name, t in model.state_dict().items()})
 
 
-def load(path: FilePath) -> NAT:
+def load(path: FilePath, **changes: object) -> NAT:
     """The model of a file that `save` (or jax_nat) wrote, on the CPU, in evaluation mode.
 
+    ``changes`` are fields of its config, for a model that goes on otherwise than it was saved: dilations
+    and rates as they come; a new ``kernel_size`` resizes the bias tables (bicubic, as published).
+
     Raises ValueError, listing every mismatch, for a file that is truncated, altered or of another
-    kind. Parameters keep the file's dtypes.
+    kind, and where parameters do not fit the changes. Parameters keep the file's dtypes.
     """
-    config, _, arrays = checkpoints.read(path)
+    config, _, arrays = checkpoints.read(path, **changes)
     with torch.device("meta"):
         model = NAT(config)
     model.load_state_dict({name: _to_torch(array) for name, array in arrays.items()}, strict=True, assign=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import jax
@@ -18,12 +19,15 @@ pytest.importorskip("torch")
 import torch
 
 import torch_nat
-from tests.family import ROWS, published_shapes
+from tests.family import ISOTROPIC, ROWS, SWIN, VIT, published_shapes
 
 #: The smallest config that has everything: dilation, layer scale, two stages, uneven sizes.
 SMALL = NATConfig(
     32, (2, 1), (1, 2), mlp_ratio=2, layer_scale=0.7, kernel_size=3, dilations=((1, 2), (1,)), num_classes=10
 )
+
+#: One of each layout, traced whole.
+FULL = ("nat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vit_rpb_small")
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -81,6 +85,45 @@ def test_small_and_odd_maps_equal_torch(size, tmp_path):
     agree(*both(randomise(torch_nat.NAT(SMALL)), tmp_path / "model", images(size, batch=2)))
 
 
+@pytest.mark.parametrize(
+    ("config", "size"), [(SWIN, (22, 39)), (ISOTROPIC, (97, 40)), (VIT, (64, 64))], ids=["dinat_s", "isotropic", "vit"]
+)
+def test_other_layouts_equal_torch(config, size, tmp_path):
+    """Sizes that need padding of the image, of the maps between stages and of those under the window."""
+    agree(*both(randomise(torch_nat.NAT(config)), tmp_path / "model", images(size)))
+    jax_nat.save(jax_nat.load(tmp_path / "model"), tmp_path / "again")
+    for (name, a), (other, b) in zip(
+        torch_nat.load(tmp_path / "model").state_dict().items(),
+        torch_nat.load(tmp_path / "again").state_dict().items(),
+        strict=True,
+    ):
+        assert name == other
+        assert torch.equal(a, b), name
+
+
+def test_maps_of_other_layouts_equal_torch(tmp_path):
+    maps, wanted = both(
+        randomise(torch_nat.NAT(replace(SWIN, features_only=True))), tmp_path / "model", images((40, 40))
+    )
+    for actual, expected in zip(maps, wanted, strict=True):
+        agree(actual, expected.permute(0, 2, 3, 1))
+    maps, wanted = both(
+        randomise(torch_nat.NAT(replace(ISOTROPIC, features_only=True))), tmp_path / "model", images((96, 96))
+    )
+    assert len(maps) == len(wanted) == 1
+    agree(maps[0], wanted[0].permute(0, 2, 3, 1))
+
+
+def test_another_kernel_size_equals_torch(tmp_path):
+    torch_nat.save(randomise(torch_nat.NAT(VIT)), tmp_path / "model")
+    x = images((96, 96))
+    with torch.no_grad():
+        wanted = torch_nat.load(tmp_path / "model", kernel_size=6)(torch.from_numpy(x).permute(0, 3, 1, 2))
+    agree(forward(jax_nat.load(tmp_path / "model", kernel_size=6), x), wanted)
+    with pytest.raises(ValueError, match="maps of 4 x 4 tokens"):
+        nnx.eval_shape(lambda: jax_nat.NAT(VIT, rngs=nnx.Rngs(0))(jnp.zeros((1, 96, 96, 3))))
+
+
 def test_feature_maps_equal_torch(tmp_path):
     config = NATConfig.from_json(SMALL.to_json().replace('"features_only": false', '"features_only": true'))
     maps, wanted = both(randomise(torch_nat.NAT(config)), tmp_path / "model", images((40, 40)))
@@ -111,12 +154,16 @@ def test_gradients_equal_torch(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_the_published_ones(name):
-    abstract = nnx.eval_shape(lambda: jax_nat.create_model(name, rngs=nnx.Rngs(0)))
+    """To the unit; one block per stage, which tells as much, for all but one model of each kind."""
+    depths = MODELS[name].depths if name in FULL else (1,) * len(MODELS[name].depths)
+    config = replace(MODELS[name], depths=depths, dilations=None)
+    abstract = nnx.eval_shape(lambda: jax_nat.NAT(config, rngs=nnx.Rngs(0)))
     shapes = {_name(place): leaf.shape for place, leaf in nnx.to_flat_state(nnx.state(abstract, nnx.Param))}
     for key, shape in shapes.items():
         shapes[key] = tuple(shape[axis] for axis in _AXES_TO_TORCH.get(len(shape), range(len(shape))))
-    assert shapes == published_shapes(name)
-    assert sum(map(prod, shapes.values())) == ROWS[name].parameters
+    assert shapes == published_shapes(name, depths)
+    if depths == MODELS[name].depths:
+        assert sum(map(prod, shapes.values())) == ROWS[name].parameters
 
 
 def test_a_file_goes_to_torch_and_back_unchanged(tmp_path):

@@ -168,3 +168,34 @@ def test_only_nat_models_are_saved(tmp_path: Path):
     with pytest.raises(ValueError, match=r"wrong shape: head.weight is \(6, 32\), expected \(5, 32\)"):
         torch_nat.save(model, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("old", "new"), [(7, 11), (11, 7), (7, 3), (3, 14), (7, 7)])
+def test_bias_tables_resize_as_torch_s_bicubic(old: int, new: int):
+    table = torch.randn(3, 2 * old - 1, 2 * old - 1, dtype=torch.float64)
+    expected = torch.nn.functional.interpolate(table[None], size=(2 * new - 1,) * 2, mode="bicubic")[0]
+    actual = checkpoints.resize_rpb(table.numpy(), (2 * new - 1,) * 2)
+    np.testing.assert_allclose(actual, expected.numpy(), atol=1e-12)
+    assert checkpoints.resize_rpb(table.float().numpy(), (2 * new - 1,) * 2).dtype == np.float32
+
+
+def test_bias_tables_of_other_ranks_resize():
+    table = np.random.default_rng(0).standard_normal((2, 5, 3, 7))
+    assert checkpoints.resize_rpb(table, (9, 3, 5)).shape == (2, 9, 3, 5)
+    constant = checkpoints.resize_rpb(np.ones((2, 5), np.float32), (9,))
+    np.testing.assert_allclose(constant, np.ones((2, 9)), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"shape \(9,\) must have one entry per axis of the table \(2, 5, 3, 7\)"):
+        checkpoints.resize_rpb(table, (9,))
+
+
+def test_load_with_changes(saved: Path):
+    old = load_file(saved)
+    loaded = torch_nat.load(saved, kernel_size=5, dilations=((2,), (1,)), drop_path_rate=0.3)
+    assert loaded.config == replace(CONFIG, kernel_size=5, dilations=((2,), (1,)), drop_path_rate=0.3)
+    for name, tensor in loaded.state_dict().items():
+        expected = checkpoints.resize_rpb(old[name], (9, 9)) if name.endswith("rpb") else old[name]
+        np.testing.assert_array_equal(tensor.numpy(), expected)
+    with pytest.raises(ValueError, match=r"model.safetensors: 2 parameters do not fit (.|\n)*head.weight is \(5, 32\)"):
+        torch_nat.load(saved, num_classes=6)
+    with pytest.raises(TypeError, match="kernel"):
+        torch_nat.load(saved, kernel=5)

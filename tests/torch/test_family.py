@@ -13,12 +13,7 @@ from torch.nn import functional as F
 import torch_nat
 from natcore.checkpoints import parameter_shapes
 from natcore.models import MODELS, NATConfig
-from tests.family import ROWS, published_shapes
-
-#: One small model of each layout but NAT's own (see test_models.py).
-SWIN = NATConfig(32, (2, 2), (1, 2), mlp_ratio=2, kernel_size=3, dilations=((1, 2), (1, 1)), layout="dinat_s")
-ISOTROPIC = NATConfig(64, (2,), (2,), mlp_ratio=2, kernel_size=3, dilations=((1, 2),), layout="isotropic")
-VIT = NATConfig(64, (2,), (2,), mlp_ratio=2, kernel_size=4, layout="vit_rpb")
+from tests.family import ISOTROPIC, ROWS, SWIN, VIT, published_shapes
 
 
 def test_rows():
