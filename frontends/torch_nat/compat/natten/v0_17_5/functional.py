@@ -1,0 +1,25 @@
+"""The functions of NATTEN 0.17.5: natten{1,2,3}dqk, dqkrpb and dav are gone."""
+
+from torch_nat.compat.natten.v0_17._functional import (
+    na1d,
+    na1d_av,
+    na1d_qk,
+    na2d,
+    na2d_av,
+    na2d_qk,
+    na3d,
+    na3d_av,
+    na3d_qk,
+)
+
+__all__ = [
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+]

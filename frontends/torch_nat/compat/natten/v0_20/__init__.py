@@ -1,0 +1,85 @@
+"""The interface of NATTEN 0.20, answered by torch_nat. See `torch_nat.compat.natten`."""
+
+from torch_nat.compat.natten.v0_20 import backends, functional, modules
+from torch_nat.compat.natten.v0_20.backends import (
+    get_bwd_configs_for_cutlass_fmha,
+    get_bwd_configs_for_cutlass_fna,
+    get_configs_for_cutlass_blackwell_fmha,
+    get_configs_for_cutlass_blackwell_fna,
+    get_configs_for_cutlass_fmha,
+    get_configs_for_cutlass_fna,
+    get_configs_for_cutlass_hopper_fmha,
+    get_configs_for_cutlass_hopper_fna,
+    get_configs_for_flex_fmha,
+    get_configs_for_flex_fna,
+)
+from torch_nat.compat.natten.v0_20.functional import attention, merge_attentions, na1d, na2d, na3d
+from torch_nat.compat.natten.v0_20.modules import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
+from torch_nat.compat.natten.v0_20.version import __version__
+from torch_nat.compat.natten.v0_21 import context, types, utils
+from torch_nat.compat.natten.v0_21._environment import HAS_LIBNATTEN
+from torch_nat.compat.natten.v0_21.context import (
+    allow_flex_compile,
+    allow_flex_compile_backprop,
+    are_deterministic_algorithms_enabled,
+    disable_flex_compile,
+    disable_flex_compile_backprop,
+    get_memory_usage_preference,
+    is_flex_compile_allowed,
+    is_flex_compile_backprop_allowed,
+    is_kv_parallelism_in_fused_na_enabled,
+    is_memory_usage_default,
+    is_memory_usage_strict,
+    is_memory_usage_unrestricted,
+    set_memory_usage_preference,
+    use_deterministic_algorithms,
+    use_kv_parallelism_in_fused_na,
+)
+
+__all__ = [
+    "HAS_LIBNATTEN",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "__version__",
+    "allow_flex_compile",
+    "allow_flex_compile_backprop",
+    "are_deterministic_algorithms_enabled",
+    "attention",
+    "backends",
+    "context",
+    "disable_flex_compile",
+    "disable_flex_compile_backprop",
+    "functional",
+    "get_bwd_configs_for_cutlass_fmha",
+    "get_bwd_configs_for_cutlass_fna",
+    "get_configs_for_cutlass_blackwell_fmha",
+    "get_configs_for_cutlass_blackwell_fna",
+    "get_configs_for_cutlass_fmha",
+    "get_configs_for_cutlass_fna",
+    "get_configs_for_cutlass_hopper_fmha",
+    "get_configs_for_cutlass_hopper_fna",
+    "get_configs_for_flex_fmha",
+    "get_configs_for_flex_fna",
+    "get_memory_usage_preference",
+    "is_flex_compile_allowed",
+    "is_flex_compile_backprop_allowed",
+    "is_kv_parallelism_in_fused_na_enabled",
+    "is_memory_usage_default",
+    "is_memory_usage_strict",
+    "is_memory_usage_unrestricted",
+    "merge_attentions",
+    "modules",
+    "na1d",
+    "na2d",
+    "na3d",
+    "set_memory_usage_preference",
+    "types",
+    "use_deterministic_algorithms",
+    "use_kv_parallelism_in_fused_na",
+    "utils",
+]
