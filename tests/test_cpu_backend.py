@@ -277,6 +277,13 @@ def test_kernels_compile_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == [True, False]
 
 
+def test_a_processor_without_float16_conversions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compiled, "get_host_cpu_features", lambda: {"avx": True, "f16c": False})
+    with pytest.raises(NotImplementedError, match="x86-64-v3"):
+        compiled.kernel.__wrapped__("store_all", "float32")
+
+
 def test_a_config_is_refused() -> None:
     arrays = inputs(LARGE, "float32")
     problem, _ = problem_for(LARGE, arrays)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite.binding import get_host_cpu_features
 from numba import njit
 
 from natcore.backends.cpu import backward, forward, memory, unfused
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def _hold() -> None:
@@ -47,6 +49,15 @@ _KERNELS = {
 }
 
 
+def check_host() -> None:
+    """The kernels convert float16 in hardware; without it, LLVM would call functions that nobody brings."""
+    if platform.machine().lower() in ("x86_64", "amd64") and not get_host_cpu_features().get("f16c"):
+        raise NotImplementedError(
+            "this processor has no F16C instructions, which natcore's CPU kernels need: they run on x86-64-v3 "
+            "(2013 and later) and on 64-bit ARM. Use a GPU, or natcore.reference for small problems."
+        )
+
+
 @lru_cache(maxsize=16)
 def kernel(name: str, dtype: str) -> Any:
     """A kernel, a function of (an address, a number), in arithmetic of ``dtype``, float32 or float64.
@@ -54,6 +65,7 @@ def kernel(name: str, dtype: str) -> Any:
     Compiling takes seconds, reading what an earlier process compiled milliseconds. Where numba can
     keep nothing on disk it compiles for this process alone.
     """
+    check_host()
     entry, types = _KERNELS[name](_digest()), (numba.types.int64, getattr(numba.types, dtype))
     with _lock:
         try:

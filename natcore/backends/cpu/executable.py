@@ -22,6 +22,8 @@ from natcore.problem import Call, dropout_threshold
 
 #: Elements of the keys and values of a chunk: what should stay in the first-level cache.
 _CHUNK_ELEMENTS = 1 << 14
+#: Keys of a chunk of very wide heads: the rescaling between chunks must not cost more than they do.
+_LEAST_CHUNK = 64
 #: Elements of remembered bias blocks: a part of the second-level cache.
 _BIAS_ELEMENTS = 1 << 16
 #: Scratch that a thread keeps from call to call.
@@ -153,7 +155,7 @@ def _sizes(call: Call, tiles: Geometry) -> np.ndarray:
     table = (1,) * (3 - problem.window.rank) + (problem.window.rpb_shape if problem.rpb_dtype else (1,) * len(kernel))
     keys = tiles.box_keys + problem.extra
     per_key = padded(problem.head_dim) + padded(problem.head_dim_v)
-    chunk = min(padded(keys, BLOCK), max(8 * BLOCK, _CHUNK_ELEMENTS // per_key // BLOCK * BLOCK))
+    chunk = min(padded(keys, BLOCK), max(_LEAST_CHUNK, padded(_CHUNK_ELEMENTS // per_key, BLOCK)))
     chunks = -(-keys // chunk)
     blocks = tiles.classes * chunks * -(-group // tiles.heads_per_tile)
     slots = min(blocks, max(1, _BIAS_ELEMENTS // (chunk * LANES)))
