@@ -63,7 +63,7 @@ def _vmap(name: str) -> Callable:
 def _one_by_one(operation: Callable, size: int, in_dims: tuple[int | None, ...], args: tuple) -> tuple[tuple, tuple]:
     """The operation on each slice."""
     slices = [
-        operation(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)))
+        operation(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
         for i in range(size)
     ]
     results = tuple(torch.stack(each) for each in zip(*slices, strict=True))

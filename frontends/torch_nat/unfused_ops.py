@@ -172,7 +172,7 @@ def _qk_second_gradient(of: Any) -> Callable:
 
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None, c: Tensor | None, e: Tensor | None) -> tuple:
         ds, q, k, rpb, keys = ctx.saved_tensors
-        a, b, c, e = _zeros(a, q), _zeros(b, k), _zeros(c, rpb), _zeros(e, keys)
+        a, b, c, e = _cotangent(a, q), _cotangent(b, k), _cotangent(c, rpb), _cotangent(e, keys)
         scores = of.qk(a, k, None, keys, *ctx.rest) + of.qk(q, b, c, e, *ctx.rest)
         d_ds = scores.masked_fill(scores.detach() == -torch.inf, 0)  # a query has no gradient where it has no key
         dq = of.qk_backward(ds, q, b, None, e, *ctx.rest)[0]
@@ -187,7 +187,7 @@ def _av_second_gradient(of: Any) -> Callable:
 
     def backward(ctx: Any, a: Tensor | None, b: Tensor | None, e: Tensor | None) -> tuple:
         d_out, weights, v, values = ctx.saved_tensors
-        a, b, e = _zeros(a, weights), _zeros(b, v), _zeros(e, values)
+        a, b, e = _cotangent(a, weights), _cotangent(b, v), _cotangent(e, values)
         d_d_out = of.av(a, v, values, *ctx.rest) + of.av(weights, b, e, *ctx.rest)
         d_weights = of.av_backward(d_out, weights, b, e, *ctx.rest)[0]
         _, dv, d_values = of.av_backward(d_out, a, v, values, *ctx.rest)
@@ -200,8 +200,11 @@ def _if(given: Tensor | None, gradient: Tensor) -> Tensor | None:
     return None if given is None else gradient
 
 
-def _zeros(cotangent: Tensor | None, like: Tensor | None) -> Any:
-    return torch.zeros_like(like) if cotangent is None and like is not None else _if(like, cotangent)  # type: ignore[arg-type]
+def _cotangent(given: Tensor | None, like: Any) -> Any:
+    """What autograd hands over for ``like``: zeros where nothing is, and readable for the kernels."""
+    if like is None:
+        return None
+    return torch.zeros_like(like) if given is None else launch.readable(given)
 
 
 _GRADIENTS = {

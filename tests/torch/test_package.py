@@ -28,6 +28,8 @@ def test_public_names():
 
     names = {f"na{r}d{suffix}" for r in (1, 2, 3) for suffix in ("", "_qkvpacked")}
     names |= {f"NeighborhoodAttention{r}D" for r in (1, 2, 3)} | {"NAT", "create_model", "save", "load"}
-    names |= {"published_state_dict"}
+    names |= {"published_state_dict", "merge_attentions"} | {
+        f"na{r}d_{step}" for r in (1, 2, 3) for step in ("qk", "av")
+    }
     assert set(torch_nat.__all__) == names
     assert all(callable(getattr(torch_nat, name)) for name in names)
