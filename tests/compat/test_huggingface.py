@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("huggingface_checks.py")
-#: The oldest 5.x, with the tokenizers that it wants. Its other dependencies are those of the newer one.
+#: The oldest 5.x, with the tokenizers that it wants. Its other dependencies are those of the newer one, of
+#: which constraints/common.txt pins huggingface-hub to a version that suits both.
 OLD = ("transformers==5.0.0", "tokenizers==0.22.2")
 
 
