@@ -101,10 +101,14 @@ def candidates(row: Row) -> Iterator[tuple[str, Callable[[Row, Inputs], Bound], 
 
 
 def turns(bounds: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The least time of each, in seconds; one call of each per round, after one to warm up."""
+    """The least time of each, in seconds; one call of each per round, after one to warm up.
+
+    The pause lets OpenMP's threads, which go on spinning after their work, fall asleep.
+    """
     best = dict.fromkeys(bounds, float("inf"))
     for round_ in range(repeats + 1):
         for name, run in bounds.items():
+            time.sleep(0.02)
             start = time.perf_counter()
             run()
             if round_:
