@@ -40,8 +40,8 @@ def general() -> tuple[Call, ...]:
     return tuple(contiguous_call(direction, problem) for problem in problems for direction in ("forward", "backward"))
 
 
-def small_windows() -> tuple[Call, ...]:
-    """Forward, 16-bit: the stages of NAT-Tiny, other windows, ranks and head dimensions."""
+def small_windows(direction: Direction) -> tuple[Call, ...]:
+    """16-bit elements: the stages of NAT-Tiny, other windows, ranks and head dimensions."""
     nat = Problem(Window.of(2, 7), 128, (56, 56), 2, 2, 32, 32, 0, "float16", "float32")
     problems = [nat, replace(nat, dtype="bfloat16", rpb_dtype="bfloat16"), replace(nat, rpb_dtype=None)]
     problems += [replace(nat, spatial=(e, e), heads=h, heads_kv=h) for e, h in ((28, 4), (14, 8), (7, 16))]
@@ -52,4 +52,4 @@ def small_windows() -> tuple[Call, ...]:
         replace(nat, spatial=(4096,), window=Window.of(1, 63, is_causal=True), batch=4),
         replace(nat, spatial=(16, 32, 32), window=Window.of(3, (3, 5, 5)), head_dim=64, head_dim_v=64, batch=1),
     ]
-    return tuple(contiguous_call("forward", problem) for problem in problems)
+    return tuple(contiguous_call(direction, problem) for problem in problems)

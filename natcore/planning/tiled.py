@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from natcore.planning import listed
 from natcore.planning.plan import (
@@ -155,5 +156,5 @@ CANDIDATE = Candidate(
     OPTIONS,
     refusal,
     plan,
-    listed.small_windows,
+    partial(listed.small_windows, "forward"),
 )
