@@ -32,7 +32,7 @@ class Trainer:
         self.steps_per_epoch = digits.steps_per_epoch(self.train_digits, options.batch)
         self.steps = options.epochs * self.steps_per_epoch
         torch.manual_seed(options.seed)
-        self.model = torch_nat.NAT(digits.CONFIG).to(self.device)
+        self.model = self.build().to(self.device)
         for module in self.model.modules():  # the published std of 0.02 is meant for layers many times wider
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
@@ -40,6 +40,10 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._warmup_then_cosine)
         self.step = 0
         self.accuracies: list[float] = []  # one per epoch
+
+    def build(self) -> torch.nn.Module:
+        """The model, on the CPU."""
+        return torch_nat.NAT(digits.CONFIG)
 
     @property
     def checkpoint(self) -> Path:
