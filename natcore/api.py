@@ -1,127 +1,24 @@
-"""The public door: arrays in, arrays of the same kind out. Check, plan (both cached), run.
-
-    na2d(q, k, v, 7)  ->  views  ->  _prepare: Problem, Call, Executable (cached)  ->  executable(...)
+"""The public door: arrays in, arrays of the same kind out. What is unfused stands in `natcore.api_unfused`.
 
 `Gradients` and everything else that is checked lives in `natcore.problem`; how arrays are read and
-made, in `natcore.arrays`.
+made, in `natcore.arrays`; how a call is prepared and run, in `natcore.session`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from natcore import backends
-from natcore.arrays import Borrowed, Kind, kind_of, stream_handle
+from natcore.arrays import Borrowed
 from natcore.planning import Config
-from natcore.problem import (
-    OPERANDS,
-    RESULTS,
-    Direction,
-    Gradients,
-    Problem,
-    Window,
-    call_of,
-    check_operand,
-    check_packed,
-    check_result,
-    problem_of,
-)
-from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
+from natcore.problem import OPERANDS, Gradients, check_packed
+from natcore.session import Session, run, window_arguments
+from natcore.views import ITEM_SIZES
 
 PerAxis = int | Sequence[int]
 PerAxisFlag = bool | Sequence[bool]
-_ALIGNMENT = 256
-_INPUTS = OPERANDS["forward"][:7]
+_INPUTS = OPERANDS["forward"][:6]
 _GRADIENTS = Gradients._fields
-
-
-class _Prepared(NamedTuple):
-    problem: Problem
-    executable: backends.Executable
-    fresh: tuple[tuple[int, tuple[int, ...], str], ...]  # results to allocate: place, shape, dtype
-
-
-@lru_cache(maxsize=4096)
-def _prepare(
-    direction: Direction, window_arguments: tuple, described: tuple[View | None, ...], config: Config | None
-) -> _Prepared:
-    """Everything that needs no memory: checks, plan, kernels. ``described`` follows OPERANDS."""
-    window = Window.of(*window_arguments)
-    views = dict(zip(OPERANDS[direction], described, strict=True))
-    problem = problem_of(window, views)
-    device = next(view.device for view in described if view is not None)
-    for name, view in views.items():
-        if view is not None:
-            check = check_result if name in RESULTS[direction] else check_operand
-            check(problem, name, view, device)
-    fresh = tuple(
-        (index, problem.shapes[name], problem.dtype_of(name))
-        for index, name in enumerate(OPERANDS[direction])
-        if name in RESULTS[direction] and views[name] is None and problem.has(name)
-    )
-    for index, shape, dtype in fresh:
-        views[OPERANDS[direction][index]] = View(0, shape, contiguous_strides(shape), dtype, device)
-    return _Prepared(problem, backends.prepare(call_of(direction, problem, views), device, config), fresh)
-
-
-class _Session(NamedTuple):
-    """Where one call happens: the kind of array that q is, its device, the stream (None on the CPU)."""
-
-    kind: Kind
-    like: Any
-    device: Device
-    stream: int | None
-
-    @classmethod
-    def of(cls, name: str, q: Any, stream: Any) -> _Session:
-        kind = kind_of(name, q)
-        device = kind.device(name, q)
-        if device.type == "cpu":
-            if stream is not None:
-                raise ValueError(f"stream {stream!r} was given, but {name} is on the CPU.")
-            return cls(kind, q, device, None)
-        return cls(kind, q, device, kind.current_stream(device) if stream is None else stream_handle(stream))
-
-    def read(self, name: str, array: Any) -> Borrowed | None:
-        return None if array is None else kind_of(name, array).read(name, array, self.stream)
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:
-        """New memory and its address."""
-        array = self.kind.empty(shape, dtype, self.like, self.device, self.stream)
-        return array, self.kind.address(array)
-
-
-def _run(
-    session: _Session,
-    direction: Direction,
-    window_arguments: tuple,
-    operands: tuple[Borrowed | None, ...],
-    scale: float | None,
-    config: Config | None,
-) -> list[Any]:
-    """Prepares and runs one call on operands in OPERANDS order; returns the arrays that were allocated
-    for absent results, at their places, None elsewhere."""
-    described = tuple([None if b is None else b.described for b in operands])
-    problem, executable, fresh = _prepare(direction, window_arguments, described, config)
-    pointers = [0 if b is None else b.ptr for b in operands]
-    results: list[Any] = [None] * len(pointers)
-    for index, shape, dtype in fresh:
-        results[index], pointers[index] = session.empty(shape, dtype)
-    workspace = 0
-    if executable.workspace_bytes:
-        words = -(-(executable.workspace_bytes + _ALIGNMENT) // ITEM_SIZES["float32"])
-        _held, address = session.empty((words,), "float32")  # until the launch; then the stream's order protects it
-        workspace = -(-address // _ALIGNMENT) * _ALIGNMENT
-    executable(pointers, problem.default_scale if scale is None else float(scale), session.stream or 0, workspace)
-    session.kind.finish(session.device, session.stream)
-    return results
-
-
-def _window_arguments(rank: int, *arguments: Any) -> tuple:
-    """Hashable: sequences become tuples."""
-    return (rank, *[tuple(a) if isinstance(a, Sequence) else a for a in arguments])
 
 
 def _split_packed(rank: int, packed: Borrowed) -> tuple[Borrowed, ...]:
@@ -133,12 +30,13 @@ def _split_packed(rank: int, packed: Borrowed) -> tuple[Borrowed, ...]:
     return tuple([Borrowed(packed.ptr + i * step, part, packed.read_only, packed.keep) for i in range(3)])
 
 
-def _forward(session, window_arguments, inputs, scale, return_lse, out, config):
-    """Shared by the plain and the packed entry; ``inputs`` is what was read of OPERANDS up to out."""
+def _forward(session, window, inputs, scale, return_lse, out, config, dropout):
+    """Shared by the plain and the packed entry; ``inputs`` is what was read of OPERANDS up to the seed."""
     target = session.read("out", out)
     if target is not None and target.read_only:
         raise ValueError("out is read-only memory (JAX arrays always are); pass a writable array or None.")
-    results = _run(session, "forward", window_arguments, (*inputs, target, None), scale, config)
+    operands = (*inputs, session.seed(*dropout), target, None)
+    results = run(session, "forward", window, operands, scale, config, dropout[0])
     answer = results[-2] if out is None else out
     return (answer, results[-1]) if return_lse else answer
 
@@ -147,66 +45,54 @@ def _make_forward(rank: int):
     def attend(
         q: Any, k: Any, v: Any, kernel_size: PerAxis, *, stride: PerAxis = 1, dilation: PerAxis = 1,
         is_causal: PerAxisFlag = False, scale: float | None = None, rpb: Any = None, additional_keys: Any = None,
-        additional_values: Any = None, return_lse: bool = False, out: Any = None, config: Config | None = None,
-        stream: Any = None,
+        additional_values: Any = None, return_lse: bool = False, dropout_p: float = 0.0,
+        dropout_seed: int | None = None, out: Any = None, config: Config | None = None, stream: Any = None,
     ) -> Any:  # fmt: skip
-        session = _Session.of("q", q, stream)
-        given = zip(_INPUTS, (q, k, v, rpb, additional_keys, additional_values, None), strict=True)
-        window_arguments = _window_arguments(rank, kernel_size, stride, dilation, is_causal)
+        session = Session.of("q", q, stream)
+        given = zip(_INPUTS, (q, k, v, rpb, additional_keys, additional_values), strict=True)
+        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
         inputs = [session.read(name, array) for name, array in given]
-        return _forward(session, window_arguments, inputs, scale, return_lse, out, config)
+        return _forward(session, window, inputs, scale, return_lse, out, config, (dropout_p, dropout_seed))
 
-    return _documented(attend, f"na{rank}d", _FORWARD_DOC, rank)
+    return documented(attend, f"na{rank}d", _FORWARD_DOC, rank)
 
 
 def _make_packed(rank: int):
     def attend(
         qkv: Any, kernel_size: PerAxis, *, stride: PerAxis = 1, dilation: PerAxis = 1,
         is_causal: PerAxisFlag = False, scale: float | None = None, rpb: Any = None, additional_keys: Any = None,
-        additional_values: Any = None, return_lse: bool = False, out: Any = None, config: Config | None = None,
-        stream: Any = None,
+        additional_values: Any = None, return_lse: bool = False, dropout_p: float = 0.0,
+        dropout_seed: int | None = None, out: Any = None, config: Config | None = None, stream: Any = None,
     ) -> Any:  # fmt: skip
-        session = _Session.of("qkv", qkv, stream)
-        given = zip(_INPUTS[3:], (rpb, additional_keys, additional_values, None), strict=True)
-        window_arguments = _window_arguments(rank, kernel_size, stride, dilation, is_causal)
+        session = Session.of("qkv", qkv, stream)
+        given = zip(_INPUTS[3:], (rpb, additional_keys, additional_values), strict=True)
+        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
         packed = session.kind.read("qkv", qkv, session.stream)
         inputs = [*_split_packed(rank, packed), *[session.read(name, array) for name, array in given]]
-        return _forward(session, window_arguments, inputs, scale, return_lse, out, config)
+        return _forward(session, window, inputs, scale, return_lse, out, config, (dropout_p, dropout_seed))
 
-    return _documented(attend, f"na{rank}d_qkvpacked", _PACKED_DOC, rank)
+    return documented(attend, f"na{rank}d_qkvpacked", _PACKED_DOC, rank)
 
 
 def _make_backward(rank: int):
     def differentiate(
         d_out: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, kernel_size: PerAxis, *, stride: PerAxis = 1,
         dilation: PerAxis = 1, is_causal: PerAxisFlag = False, scale: float | None = None, rpb: Any = None,
-        additional_keys: Any = None, additional_values: Any = None, d_lse: Any = None, config: Config | None = None,
-        stream: Any = None,
+        additional_keys: Any = None, additional_values: Any = None, d_lse: Any = None, dropout_p: float = 0.0,
+        dropout_seed: int | None = None, config: Config | None = None, stream: Any = None,
     ) -> Gradients:  # fmt: skip
-        session = _Session.of("q", q, stream)
-        arrays = (
-            d_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            d_lse,
-            rpb,
-            additional_keys,
-            additional_values,
-            None,
-            *[None] * len(_GRADIENTS),
-        )
+        session = Session.of("q", q, stream)
+        arrays = (d_out, q, k, v, out, lse, d_lse, rpb, additional_keys, additional_values)
         for name, array in (("d_out", d_out), ("out", out), ("lse", lse)):
             if array is None:
                 raise ValueError(f"{name} is None; the backward needs it (call na{rank}d with return_lse=True).")
-        window_arguments = _window_arguments(rank, kernel_size, stride, dilation, is_causal)
-        operands = tuple([session.read(n, a) for n, a in zip(OPERANDS["backward"], arrays, strict=True)])
-        results = _run(session, "backward", window_arguments, operands, scale, config)
+        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
+        inputs = [session.read(name, array) for name, array in zip(OPERANDS["backward"], arrays, strict=False)]
+        operands = (*inputs, session.seed(dropout_p, dropout_seed), *[None] * len(_GRADIENTS))
+        results = run(session, "backward", window, operands, scale, config, dropout_p)
         return Gradients(*results[-len(_GRADIENTS) :])
 
-    return _documented(differentiate, f"na{rank}d_backward", _BACKWARD_DOC, rank)
+    return documented(differentiate, f"na{rank}d_backward", _BACKWARD_DOC, rank)
 
 
 _ARGUMENTS_DOC = """
@@ -217,6 +103,9 @@ _ARGUMENTS_DOC = """
     rpb: relative positional bias [heads, {rpb_axes}], float32 or q's dtype, added unscaled
         (Hassani et al., "Neighborhood Attention Transformer", CVPR 2023, eq. 2).
     additional_keys, additional_values: [batch, extra, heads_kv, head_dim], seen by every query.
+    dropout_p, dropout_seed: the probability in [0, 1) with which an attention weight becomes 0 (the others
+        are divided by 1 - dropout_p; lse is that of all), and an int in [0, 2 ** 32). The same seed drops
+        the same weights on every device, forward and backward (see natcore.reference_dropout).
     config: an explicit `natcore.Config` in place of the planner's choice.
     stream: CUDA stream (int handle or stream object); default: the producer's current stream.
 
@@ -262,7 +151,7 @@ input's shape and dtype; None for what was not given.
 )
 
 
-def _documented(function: Any, name: str, doc: str, rank: int) -> Any:
+def documented(function: Any, name: str, doc: str, rank: int) -> Any:
     axes = ", ".join(("length",) if rank == 1 else ("depth", "height", "width")[-rank:])
     rpb_axes = ", ".join(["2 * kernel - 1"] * rank)
     function.__name__ = function.__qualname__ = name

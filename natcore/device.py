@@ -116,6 +116,12 @@ def synchronize(index: int, stream: int) -> None:
         check(driver().cuStreamSynchronize(stream), "cuStreamSynchronize")
 
 
+def fill(index: int, address: int, word: int, stream: int) -> None:
+    """Enqueues the writing of one 32-bit word on a stream of a GPU."""
+    with current(index):
+        check(driver().cuMemsetD32Async(address, word, 1, stream), "cuMemsetD32Async")
+
+
 @cache
 def kernel_handle(spec: KernelSpec) -> Any:
     """The CUkernel of a spec: compiled or read from the cache, loaded, kept for the life of the process."""

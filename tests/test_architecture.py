@@ -20,7 +20,8 @@ LAYERS = [
     {"natcore.compiling"},
     {"natcore.device"},
     {"natcore.backends"},
-    {"natcore.api", "natcore.merging", "natcore.arrays", "natcore.dlpack"},
+    {"natcore.session", "natcore.merging", "natcore.arrays", "natcore.dlpack"},
+    {"natcore.api", "natcore.api_unfused"},
     {"natcore"},
     {"natcore.info", "natcore.__main__"},
 ]

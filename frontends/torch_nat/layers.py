@@ -31,6 +31,7 @@ class _NeighborhoodAttention(nn.Module):
         rel_pos_bias: learn a relative positional bias.
         qkv_bias: give the qkv projection a bias.
         qk_scale: of q . k; head_dim ** -0.5 by default.
+        attn_drop: dropout rate of the attention weights, in training (`torch_nat.na2d`'s dropout_p).
         proj_drop: dropout rate after the output projection.
 
     Raises:
@@ -50,6 +51,7 @@ class _NeighborhoodAttention(nn.Module):
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
+        attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
         super().__init__()
@@ -57,7 +59,9 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}.")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.window = Window.of(self.rank, kernel_size, stride, dilation, is_causal)
-        self.scale = qk_scale
+        if not 0 <= attn_drop < 1:
+            raise ValueError(f"attn_drop {attn_drop} must be in [0, 1).")
+        self.scale, self.attn_drop = qk_scale, attn_drop
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.rpb = nn.Parameter(torch.empty(num_heads, *self.window.rpb_shape)) if rel_pos_bias else None
         self.proj = nn.Linear(embed_dim, embed_dim)
@@ -80,6 +84,7 @@ class _NeighborhoodAttention(nn.Module):
             is_causal=window.is_causal,
             scale=self.scale,
             rpb=self.rpb,
+            dropout_p=self.attn_drop if self.training else 0,
         )
         return self.proj_drop(self.proj(out.flatten(-2)))
 
