@@ -34,9 +34,9 @@ def neighborhood_attention(
     returns them; asking for them costs the memory to hold them.
     """
     if not output_attentions:
-        options = {"dropout_p": dropout.p} if dropout.training and dropout.p > 0 else {}
-        out = torch_nat.na2d(query, key, value, kernel_size, dilation=dilation, rpb=rpb, **options)
-        return out, None  # type: ignore[return-value]
+        dropout_p = dropout.p if dropout.training else 0.0
+        out: Any = torch_nat.na2d(query, key, value, kernel_size, dilation=dilation, rpb=rpb, dropout_p=dropout_p)
+        return out, None
     scale = query.shape[-1] ** -0.5
     scores = torch_nat.na2d_qk(query, key, kernel_size, dilation=dilation, scale=scale, rpb=rpb)
     weights = dropout(scores.softmax(-1))

@@ -9,11 +9,11 @@ from transformers import PreTrainedConfig
 
 try:
     from transformers.backbone_utils import BackboneConfigMixin
-except ImportError:  # before 5.3 or so
+except ImportError:  # early 5.x
     from transformers.utils.backbone_utils import BackboneConfigMixin
 
 
-class NatConfig(BackboneConfigMixin, PreTrainedConfig):
+class NatConfig(BackboneConfigMixin, PreTrainedConfig):  # pyright: ignore[reportGeneralTypeIssues]
     """Configuration of a NAT; the defaults are those of shi-labs/nat-mini-in1k-224.
 
     Args:
@@ -80,8 +80,9 @@ class NatConfig(BackboneConfigMixin, PreTrainedConfig):
         if hasattr(self, "set_output_features_output_indices"):
             self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
             return
-        from transformers.utils.backbone_utils import get_aligned_output_features_output_indices
+        from transformers.utils import backbone_utils
 
-        self._out_features, self._out_indices = get_aligned_output_features_output_indices(
+        align = backbone_utils.get_aligned_output_features_output_indices  # pyright: ignore[reportAttributeAccessIssue]
+        self._out_features, self._out_indices = align(
             out_features=out_features, out_indices=out_indices, stage_names=self.stage_names
         )

@@ -184,7 +184,7 @@ def config_from_huggingface(config: PreTrainedConfig, features_only: bool = Fals
         dilations=None if dilations is None else tuple(tuple(stage) for stage in dilations),
         qkv_bias=config.qkv_bias,
         in_chans=config.num_channels,
-        num_classes=config.num_labels,
+        num_classes=config.num_labels or 0,
         features_only=features_only,
     )
 
@@ -197,9 +197,9 @@ def to_huggingface(model: NAT) -> PreTrainedModel:
     """
     config = config_to_huggingface(model.config)
     build, prefix = _class_of(config, model.config.features_only)
-    converted = build(config)
+    converted: Any = build(config)
     converted.load_state_dict(parameters_to_huggingface(model.state_dict(), prefix), strict=True)
-    return converted.to(next(model.parameters()).dtype).train(model.training)
+    return converted.to(dtype=next(model.parameters()).dtype).train(model.training)
 
 
 def from_huggingface(model: PreTrainedModel) -> NAT:
@@ -216,7 +216,7 @@ def from_huggingface(model: PreTrainedModel) -> NAT:
         raise NotImplementedError(f"out_features = {model.config.out_features}: a NAT returns all of {stages}.")
     converted = NAT(config)
     converted.load_state_dict(parameters_from_huggingface(model.state_dict()), strict=True)
-    return converted.to(next(model.parameters()).dtype).train(model.training)
+    return converted.to(dtype=next(model.parameters()).dtype).train(model.training)
 
 
 def _class_of(config: PreTrainedConfig, features_only: bool) -> tuple[Callable[..., PreTrainedModel], str]:

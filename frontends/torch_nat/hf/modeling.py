@@ -24,7 +24,7 @@ from torch_nat.layers import DropPath
 
 try:
     from transformers.backbone_utils import BackboneMixin
-except ImportError:  # before 5.3 or so
+except ImportError:  # early 5.x
     from transformers.utils.backbone_utils import BackboneMixin
 
 Maps = tuple[Tensor, ...]
@@ -230,10 +230,10 @@ class NatPreTrainedModel(PreTrainedModel):
     config_class = NatConfig
     base_model_prefix = "nat"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
 
     def get_input_embeddings(self) -> nn.Module:
-        model = getattr(self, self.base_model_prefix, self)
+        model: Any = getattr(self, self.base_model_prefix, self)
         return model.embeddings.patch_embeddings
 
     @torch.no_grad()
@@ -287,9 +287,9 @@ class NatForImageClassification(NatPreTrainedModel):
 
     def __init__(self, config: NatConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 0
         self.nat = NatModel(config)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels else nn.Identity()
         self.post_init()
 
     def forward(
@@ -318,12 +318,12 @@ class NatForImageClassification(NatPreTrainedModel):
         return output if self._choice("return_dict", return_dict) else output.to_tuple()
 
 
-class NatBackbone(BackboneMixin, NatPreTrainedModel):
+class NatBackbone(BackboneMixin, NatPreTrainedModel):  # pyright: ignore[reportGeneralTypeIssues]
     """One normed map per stage of ``config.out_features``, ``[batch, channels, height, width]``."""
 
     def __init__(self, config: NatConfig):
         super().__init__(config)
-        if hasattr(self, "_init_backbone"):  # before 5.3 or so the mixin's own constructor does not run
+        if hasattr(self, "_init_backbone"):  # early 5.x: the mixin has no constructor
             super()._init_backbone(config)
         self.embeddings, self.encoder = NatEmbeddings(config), NatEncoder(config)
         self.num_features = [config.embed_dim, *(config.embed_dim * 2**i for i in range(len(config.depths)))]

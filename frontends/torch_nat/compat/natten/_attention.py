@@ -24,9 +24,9 @@ def attend(
     if query.shape[1] == 0 or key.shape[1] == 0:
         return _empty(query, key, value)
     if not return_lse:
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         gqa = query.shape[2] != key.shape[2]
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
         return out.transpose(1, 2), None
     if query.shape[1] == key.shape[1]:
         q, k, v = (readable(x) for x in (query, key, value))

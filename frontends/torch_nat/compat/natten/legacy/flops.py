@@ -35,9 +35,9 @@ def total(model: torch.nn.Module, inputs: Any, disable_warnings: bool, count_bia
     return (counter.unsupported_ops_warnings(False) if disable_warnings else counter).total()
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """Of a traced value; None for one that is no tensor (an absent operand)."""
-    return tuple(value.type().sizes()) if value.type().kind() == "TensorType" else None
+def _shape(value: Any) -> tuple[int, ...]:
+    """Of a traced value; () for one that is no tensor (an absent operand)."""
+    return tuple(value.type().sizes()) if value.type().kind() == "TensorType" else ()
 
 
 def _arguments(operation: Any, inputs: list) -> dict[str, Any]:
@@ -60,11 +60,11 @@ def _fused(count_bias: bool) -> Handle:
         operation = torch.ops.natcore.attention_packed if packed else torch.ops.natcore.attention
         arguments = _arguments(operation, inputs)
         if packed:
-            *lead, _, heads, head_dim = _shape(arguments["qkv"]) or ()
+            *lead, _, heads, head_dim = _shape(arguments["qkv"])
             head_dim_v = head_dim
         else:
-            *lead, heads, head_dim = _shape(arguments["q"]) or ()
-            head_dim_v = (_shape(arguments["v"]) or ())[-1]
+            *lead, heads, head_dim = _shape(arguments["q"])
+            head_dim_v = _shape(arguments["v"])[-1]
         return prod(lead) * heads * _keys(arguments, "additional_keys") * (head_dim + head_dim_v + count_bias)
 
     return count
@@ -73,7 +73,7 @@ def _fused(count_bias: bool) -> Handle:
 def _scores(count_bias: bool) -> Handle:
     def count(inputs: list, outputs: list) -> int:
         arguments = _arguments(torch.ops.natcore.qk, inputs)
-        *queries, head_dim = _shape(arguments["q"]) or ()
+        *queries, head_dim = _shape(arguments["q"])
         return prod(queries) * _keys(arguments, "additional_keys") * (head_dim + count_bias)
 
     return count
@@ -81,4 +81,4 @@ def _scores(count_bias: bool) -> Handle:
 
 def _weighted_sums(inputs: list, outputs: list) -> int:
     arguments = _arguments(torch.ops.natcore.av, inputs)
-    return prod(_shape(arguments["weights"]) or ()) * (_shape(arguments["v"]) or ())[-1]
+    return prod(_shape(arguments["weights"])) * _shape(arguments["v"])[-1]

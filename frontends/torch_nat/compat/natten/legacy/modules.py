@@ -60,10 +60,10 @@ class LegacyNeighborhoodAttention(nn.Module):
         if self.pads:
             x = _padded(x, [k * d for k, d in zip(kernel_size, dilation, strict=True)])
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        options: dict[str, Any] = dict(dilation=dilation, is_causal=is_causal, scale=self.scale, rpb=self.rpb)
-        if self.training and self.attn_drop.p > 0:
-            options["dropout_p"] = self.attn_drop.p
-        out = _PACKED[self.rank](qkv, kernel_size, **options).flatten(-2)
+        window = dict(dilation=dilation, is_causal=is_causal)
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        out = _PACKED[self.rank](qkv, kernel_size, **window, scale=self.scale, rpb=self.rpb, dropout_p=dropout_p)
+        out = out.flatten(-2)
         for axis, extent in enumerate(spatial, 1):
             out = out.narrow(axis, 0, extent)
         return self.proj_drop(self.proj(out))
