@@ -55,7 +55,7 @@ class Executable:
 
     def __call__(self, pointers: Sequence[int], scale: float, stream: int = 0, workspace: int = 0) -> None:
         operands = self.operands_at(pointers)
-        self.run(self.sharing.tasks(), lambda: Worker(self, operands, scale))
+        self.run(self.sharing.tasks, lambda: Worker(self, operands, scale))
 
     def operands_at(self, pointers: Sequence[int]) -> np.ndarray:
         """The operand table of one execution."""

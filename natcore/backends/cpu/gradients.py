@@ -71,7 +71,7 @@ class BackwardExecutable(Executable):
             sums = [self._own_sums(own, name, 1, (0, 0)) for name in self.own_sums]
             return Worker(self, own, scale, sums)
 
-        tasks = self.sharing.tasks()
+        tasks = self.sharing.tasks
         partial = self._bias_sums(len(tasks), bias)
         self.run(tasks, worker, partial)
         _add_in_order(bias, partial, [task.kv for task in tasks])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 
 import numpy as np
@@ -44,6 +45,7 @@ class Sharing:
     batch: int
     heads_kv: int
 
+    @cached_property
     def tasks(self) -> list[Task]:
         """All that the forward does; in the backward (one slab), tasks that clear and finish their own sums."""
         return [
