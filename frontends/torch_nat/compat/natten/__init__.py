@@ -11,9 +11,11 @@ version's functions and modules are also here as they are:
 docs/migration.md lists what differs on purpose.
 """
 
-from torch_nat.compat.natten.installing import install
+from torch_nat.compat.natten.installing import install as install
 from torch_nat.compat.natten.v0_21 import *  # noqa: F403
-from torch_nat.compat.natten.v0_21 import __all__ as _names
-from torch_nat.compat.natten.v0_21 import backends, context, functional, modules, types, utils
-
-__all__ = ["backends", "context", "functional", "install", "modules", "types", "utils", *_names]
+from torch_nat.compat.natten.v0_21 import backends as backends
+from torch_nat.compat.natten.v0_21 import context as context
+from torch_nat.compat.natten.v0_21 import functional as functional
+from torch_nat.compat.natten.v0_21 import modules as modules
+from torch_nat.compat.natten.v0_21 import types as types
+from torch_nat.compat.natten.v0_21 import utils as utils
