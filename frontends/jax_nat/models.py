@@ -138,7 +138,7 @@ class NATBlock(nnx.Module):
 
     def __init__(self, config: NATConfig, stage: int, block: int, dtype: Any, rngs: nnx.Rngs) -> None:
         width = config.width(stage)
-        self.padding = partial(config.padding, dilation=config.dilation(stage, block))
+        self.config = config
         self.norm1 = _norm(width, dtype, rngs)
         self.attn = NeighborhoodAttention2D(
             width,
@@ -171,7 +171,8 @@ class NATBlock(nnx.Module):
         token (its keys are the projection's bias), and is cut off afterwards.
         """
         height, width = x.shape[1:3]
-        return self.attn(_padded(x, self.padding(height), self.padding(width)))[:, :height, :width]
+        bottom, right = (self.config.padding(n, self.attn.window.dilation[0]) for n in (height, width))
+        return self.attn(_padded(x, bottom, right))[:, :height, :width]
 
 
 def _scaled(x: jax.Array, gamma: nnx.Param | None) -> jax.Array:

@@ -7,8 +7,6 @@ between the convolutions; parameter names are the published ones.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -103,7 +101,7 @@ class NATBlock(nn.Module):
     def __init__(self, config: NATConfig, stage: int, block: int):
         super().__init__()
         dim = config.width(stage)
-        self.padding = partial(config.padding, dilation=config.dilation(stage, block))
+        self.config = config
         self.norm1 = nn.LayerNorm(dim)
         self.attn = NeighborhoodAttention2D(
             dim,
@@ -133,7 +131,7 @@ class NATBlock(nn.Module):
         token (its keys are the projection's bias), and is cut off afterwards.
         """
         height, width = x.shape[1:3]
-        bottom, right = self.padding(height), self.padding(width)
+        bottom, right = (self.config.padding(n, self.attn.window.dilation[0]) for n in (height, width))
         if not bottom and not right:
             return self.attn(x)
         return self.attn(F.pad(x, (0, 0, 0, right, 0, bottom)))[:, :height, :width]

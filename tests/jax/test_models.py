@@ -124,6 +124,13 @@ def test_another_kernel_size_equals_torch(tmp_path):
         nnx.eval_shape(lambda: jax_nat.NAT(VIT, rngs=nnx.Rngs(0))(jnp.zeros((1, 96, 96, 3))))
 
 
+@pytest.mark.parametrize("config", [SMALL, SWIN, ISOTROPIC, VIT], ids=lambda config: config.layout)
+def test_models_of_one_config_share_a_compilation(config):
+    first, second = (nnx.eval_shape(lambda s=s: jax_nat.NAT(config, rngs=nnx.Rngs(s))) for s in range(2))
+    assert nnx.graphdef(first) == nnx.graphdef(second)
+    assert hash(nnx.graphdef(first)) == hash(nnx.graphdef(second))
+
+
 def test_feature_maps_equal_torch(tmp_path):
     config = NATConfig.from_json(SMALL.to_json().replace('"features_only": false', '"features_only": true'))
     maps, wanted = both(randomise(torch_nat.NAT(config)), tmp_path / "model", images((40, 40)))

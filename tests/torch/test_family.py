@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import replace
 from math import prod
 
@@ -228,3 +230,11 @@ def test_files_and_training(config: NATConfig, tmp_path):
 def test_refusals(changes: dict, text: str):
     with pytest.raises(ValueError, match=text):
         replace(SWIN, **changes)
+
+
+def test_timm_is_named_where_it_is_missing(monkeypatch):
+    for name in ("timm", "timm.models"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "torch_nat.timm", raising=False)
+    with pytest.raises(ImportError, match=r"needs timm 1\.0 or newer: pip install 'timm>=1\.0'"):
+        importlib.import_module("torch_nat.timm")
