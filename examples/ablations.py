@@ -6,7 +6,7 @@
 The first compares neighborhood attention with SASA (zero padding) and with Swin's windows (W-MSA and SW-MSA in
 turns), at a kernel of 7, the second NA's kernels of 3, 5, 7 and 9; the model, its parameters' number (but for the
 bias table's) and its training are otherwise the same. Writes results.json, ablations.png and saliency.png to --out.
-Interrupted, it goes on where it was. Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023), section 4.
+Interrupted, it goes on where it was. Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import train_torch
 
 import torch_nat
 from natcore.checkpoints import replacing
+from torch_nat.models import NATBlock
 from torch_nat.patterns import StandAloneAttention2D, WindowAttention2D
 
 matplotlib.use("agg")
@@ -54,7 +55,7 @@ SETTINGS = tuple(
 def model_of(setting: Setting) -> torch_nat.NAT:
     """The digits' NAT without dilation, its attention replaced. A window larger than a map meets zeros, as in NAT."""
     model = torch_nat.NAT(replace(digits.CONFIG, kernel_size=setting.kernel, dilations=None))
-    blocks = [module for module in model.modules() if hasattr(module, "attn")]
+    blocks = [module for module in model.modules() if isinstance(module, NATBlock)]
     for index, block in enumerate(blocks):
         old = block.attn
         if setting.attention == "sasa":

