@@ -104,6 +104,19 @@ def _windows(
     }
 
 
+def _scores(args: Sequence[Any], out: Tensor) -> Counts:
+    q, _, rpb, _, kernel_size = args[:5]
+    return {
+        "attention": out.numel() * q.shape[-1],
+        "rpb": 0 if rpb is None else prod(q.shape[:-1]) * prod(kernel_size),
+    }
+
+
+def _weighted_sum(args: Sequence[Any], out: Tensor) -> Counts:
+    weights, v = args[:2]
+    return {"attention": weights.numel() * v.shape[-1]}
+
+
 def _dense_attention(args: Sequence[Any], out: Any) -> Counts:
     q, k, v = args[:3]  # heads first
     return {"attention": prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])}
@@ -144,6 +157,8 @@ _RULES: dict[Any, Callable[[Sequence[Any], Any], Counts]] = {
     _aten._scaled_dot_product_cudnn_attention: _dense_attention,
     torch.ops.natcore.attention: _attention,
     torch.ops.natcore.attention_packed: _attention_packed,
+    torch.ops.natcore.qk: _scores,
+    torch.ops.natcore.av: _weighted_sum,
 }
 
 

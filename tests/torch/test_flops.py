@@ -80,6 +80,18 @@ def test_unpacked_attention_with_everything():
     assert counts["rpb"] == 2 * 9 * 4 * 3
 
 
+def test_the_unfused_form_counts_as_the_fused_one():
+    class Attention(nn.Module):
+        def forward(self, q, k, v, rpb, keys, values):
+            scores = torch_nat.na2d_qk(q, k, (3, 2), rpb=rpb, additional_keys=keys)
+            return torch_nat.na2d_av(scores.softmax(-1), v, (3, 2), additional_values=values)
+
+    q, kv, extra = torch.randn(2, 9, 5, 4, 8), torch.randn(2, 9, 5, 2, 8), torch.randn(2, 5, 2, 8)
+    counts = flops.count(Attention(), q, kv, kv, torch.randn(4, 5, 3), extra, extra)
+    assert counts["attention"] == 2 * 45 * 4 * (6 + 5) * 16
+    assert counts["rpb"] == 2 * 45 * 4 * 6
+
+
 def test_an_operation_without_a_rule_is_no_zero(monkeypatch):
     monkeypatch.delitem(flops._RULES, torch.ops.natcore.attention_packed)
     with pytest.raises(NotImplementedError, match=r"no rule counts natcore\.attention_packed"):
