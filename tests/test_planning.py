@@ -88,18 +88,16 @@ def test_parameters_are_packed_as_the_header_says():
     call = with_strides(contiguous_call("forward", problem), "lse", None)
     (launch,) = plan_for(call, FACTS, GENERAL).launches
     *pointers, scale, constant = launch.params
-    assert [p.index for p in pointers if isinstance(p, Operand)] == [
-        OPERANDS["forward"].index(name)
-        for name in ("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse")
-    ]
+    assert [p.index for p in pointers if isinstance(p, Operand)] == list(range(len(OPERANDS["forward"])))
     assert scale == Scale("float32") and isinstance(constant, Constant)
     sizes = struct.unpack_from("=20i", constant.data)
     assert sizes == (1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 20, 5, 2, 3, 1, 2, 4, 2, 0, 0)
-    layouts = [struct.unpack_from("=5q", constant.data, 80 + 40 * i) for i in range(8)]
+    assert struct.unpack_from("=iId", constant.data, 80) == (5, 0, 1.0)  # places, dropout
+    layouts = [struct.unpack_from("=5q", constant.data, 96 + 40 * i) for i in range(8)]
     assert layouts[0] == (20 * 4 * 32, 0, 0, 4 * 32, 32)
     assert layouts[2] == (20 * 2 * 48, 0, 0, 2 * 48, 48)
     assert [layouts[i] for i in (3, 4, 5, 7)] == [(0,) * 5] * 4
-    assert len(constant.data) == 80 + 8 * 40
+    assert len(constant.data) == 96 + 8 * 40
 
 
 def test_workspace_parts_do_not_overlap():

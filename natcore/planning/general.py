@@ -1,233 +1,61 @@
 """Plans for the general kernels (cuda_src/kernels/general_*.cu): every valid problem, no tensor cores.
 
-The window, sizes and strides are kernel arguments; only dtypes, head dimensions, the width of loads
-and the strip length are compiled in, so one cubin serves every window and every map.
+Attention, forward and backward; unfused attention is in `natcore.planning.unfused`, and what all of
+them are made of in `natcore.planning.build`.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import ceil, prod
 
-from natcore.planning import listed
-from natcore.planning.plan import (
-    Candidate,
-    Constant,
-    DeviceFacts,
-    KernelInfo,
-    KernelSpec,
-    Launch,
-    Operand,
-    Param,
-    Plan,
-    Scale,
-    Workspace,
-    capability,
-)
-from natcore.problem import OPERANDS, RESULTS, Call, Problem
-from natcore.views import ITEM_SIZES, contiguous_strides
+from natcore.planning import listed, unfused
+from natcore.planning.build import ROWS, SPAN, Build, Space, build_for, slices_of, sum_partials
+from natcore.planning.plan import Candidate, DeviceFacts, KernelInfo, Launch, Plan, Scale, Workspace, capability
+from natcore.problem import OPERANDS, RESULTS, Call
 
 MAX_HEAD_DIM = 256
 MAX_EXTENT = 1 << 30  # positions on an axis are 32-bit in the kernels
-THREADS = 128
-LOAD_BYTES = 16  # the widest load
-#: Of a row, with one lane, but at least 8 elements: bounds the registers. The fastest of 8 to 64 on an H200.
-ROW_BYTES_PER_LANE = 32
-#: Entries along the last axis of the bias table that one block sums.
-SPAN = 32
-#: Of sums over queries, which are cut into slices. The same on every GPU, so that sums are too.
-TARGET_BLOCKS = 1 << 14
-MIN_QUERIES_PER_GROUP = 8  # of a slice
-
-_DIRECTIONS = ("forward", "backward")
-_OPERANDS = {
-    *("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse"),
-    *("d_out", "d_lse", "dq", "dk", "dv", "drpb", "d_additional_keys", "d_additional_values"),
-}
-#: Operands whose rows the kernels load and store in chunks of `vector` elements.
-_ROWS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "additional_keys", "additional_values")
-
-#: Kernels that walk a window in strips: the longest strip. Longer ones hide more latency and take more registers;
-#: these were the fastest on an H200 of those that spill nowhere.
-_WALKS = {
-    "general_forward": {"float64": 2, "float32": 1, "float16": 4, "bfloat16": 4},
-    "general_backward_query": {"float64": 1, "float32": 4, "float16": 2, "bfloat16": 1},
-    "general_backward_key": {"float64": 1, "float32": 2, "float16": 1, "bfloat16": 1},
-}
-
-
-@dataclass(frozen=True)
-class _Build:
-    """A call with the choices that are compiled into its kernels."""
-
-    call: Call
-    arch: str
-    vector: int  # elements of one load
-    lanes: int  # lanes that share a row
-    strip: int | None  # neighbours loaded at once; None = each kernel's own choice
-    threads: int
-
-    @property
-    def problem(self) -> Problem:
-        return self.call.problem
-
-    @property
-    def groups(self) -> int:
-        return self.threads // self.lanes
-
-    @property
-    def accumulator(self) -> str:
-        return self.problem.lse_dtype
-
-    def blocks(self, items: int) -> tuple[int, int, int]:
-        return (ceil(items / self.groups), 1, 1)
-
-    def items(self, heads: int) -> int:
-        return self.problem.batch * prod(self.problem.spatial) * heads
-
-    def kernel(self, name: str) -> KernelSpec:
-        p = self.problem
-        wide = self.items(p.heads) >= 1 << 31
-        defines = {
-            "ELEMENT": p.dtype,
-            "HEAD_DIM": p.head_dim,
-            "HEAD_DIM_V": p.head_dim_v,
-            "VECTOR": self.vector,
-            "LANES": self.lanes,
-            "THREADS": self.threads,
-            "INDEX": "unsigned long long" if wide else "unsigned",
-        }
-        if name in _WALKS:
-            defines["STRIP"] = self.strip or _strip(p, _WALKS[name][p.dtype])
-        if name == "general_backward_bias":
-            defines["SPAN"] = SPAN
-        if p.rpb_dtype is not None and name in (*_WALKS, "general_backward_bias"):
-            defines["RPB"] = p.rpb_dtype
-        return KernelSpec(name, tuple(sorted((n, str(v)) for n, v in defines.items())), self.arch)
-
-    def operand(self, name: str) -> Operand:
-        index = OPERANDS[self.call.direction].index(name)
-        return Operand(index, self.vector * ITEM_SIZES[self.problem.dtype] if name in _ROWS else 1)
-
-    def launch(self, name: str, grid: tuple[int, int, int], pointers: Sequence[Param | str], *rest: Param) -> Launch:
-        params = tuple(self.operand(p) if isinstance(p, str) else p for p in pointers)
-        return Launch(self.kernel(name), grid, (self.threads, 1, 1), 0, params + rest)
-
-    def params(self, layouts: Sequence[str], slices: int = 0) -> Constant:
-        """struct Params of a kernel: the sizes and then a Layout for each of these operands."""
-        return Constant(_sizes(self.problem, slices) + b"".join(_layout(self.call, name) for name in layouts))
-
-
-def _sizes(problem: Problem, slices: int) -> bytes:
-    """struct Sizes of common/general.cuh: three axes, missing ones leading with extent and kernel 1."""
-    w = problem.window
-    axes = zip(problem.spatial, w.kernel_size, w.stride, w.dilation, w.is_causal, strict=True)
-    padded = [(1, 1, 1, 1, False)] * (3 - w.rank) + list(axes)
-    tail = (problem.batch, problem.heads, problem.heads_kv, problem.extra, slices)
-    return struct.pack("=20i", *(int(x) for axis in padded for x in axis), *tail)
-
-
-def _layout(call: Call, name: str) -> bytes:
-    """struct Layout of one operand: strides of batch, three axes and head; of absent operands, zeros."""
-    if name == "delta":  # in the workspace, contiguous
-        strides = contiguous_strides(call.problem.shapes["lse"])
-    else:
-        strides = call.strides[OPERANDS[call.direction].index(name)]
-    if strides is None:
-        return bytes(40)
-    if name == "rpb":
-        batch, axes, head = 0, strides[1:], strides[0]
-    elif name in ("lse", "d_lse", "delta"):
-        batch, axes, head = strides[0], strides[1:-1], strides[-1]
-    else:
-        batch, axes, head = strides[0], strides[1:-2], strides[-2]
-    return struct.pack("=5q", batch, *([0] * (3 - len(axes))), *axes, head)
-
-
-def _vector(call: Call) -> int:
-    """The widest load, in elements, that head dimensions and strides allow."""
-    problem, shapes = call.problem, call.problem.shapes
-    steps = [problem.head_dim, problem.head_dim_v]
-    for name, strides in zip(call.operands, call.strides, strict=True):
-        if strides is not None and name in _ROWS:
-            steps += [s for s, n in zip(strides[:-1], shapes[name][:-1], strict=True) if n > 1]
-    vector = LOAD_BYTES // ITEM_SIZES[problem.dtype]
-    while any(step % vector for step in steps):
-        vector //= 2
-    return vector
-
-
-def _build(call: Call, arch: str, options: Mapping[str, int]) -> _Build:
-    """The choices for a call; each may be overridden by an option."""
-    problem = call.problem
-    vector = options.get("vector", _vector(call))
-    if vector < 1 or _vector(call) % vector:
-        raise ValueError(
-            f"config: vector {vector} must divide {_vector(call)}, what strides and head dimensions allow."
-        )
-    widest = max(problem.head_dim, problem.head_dim_v)
-    lanes, share = 1, max(ROW_BYTES_PER_LANE // ITEM_SIZES[problem.dtype], 8)
-    while lanes < 32 and ceil(widest / vector / lanes) * vector > share:
-        lanes *= 2
-    lanes = options.get("lanes", lanes)
-    if lanes not in (1, 2, 4, 8, 16, 32):
-        raise ValueError(f"config: lanes {lanes} must be a power of two up to 32.")
-    threads = options.get("threads", THREADS)
-    if not 1 <= threads <= THREADS or threads % lanes:
-        raise ValueError(f"config: threads {threads} must be a multiple of lanes {lanes} and at most {THREADS}.")
-    strip = options.get("strip")
-    if strip is not None and not 1 <= strip <= 8:
-        raise ValueError(f"config: strip {strip} must be from 1 to 8.")
-    return _Build(call, arch, vector, lanes, strip, threads)
-
-
-def _strip(problem: Problem, longest: int) -> int:
-    """Neighbours loaded at once: the fewest loads past the end of the window's row, then the longest strip."""
-    kernel = problem.window.kernel_size[-1]
-    if kernel <= longest:
-        return kernel
-    shorter = max(longest - 1, 1) if longest > 2 else longest
-    return min((longest, shorter), key=lambda strip: (ceil(kernel / strip) * strip, -strip))
 
 
 def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     """The plan of a call that `refusal` has passed."""
-    build = _build(call, facts.arch, options)
+    build = build_for(call, facts.arch, options)
+    if call.direction in unfused.PLANS:
+        return unfused.PLANS[call.direction](build)
     return _forward(build) if call.direction == "forward" else _backward(build)
 
 
-def _forward(build: _Build) -> Plan:
+def _forward(build: Build) -> Plan:
     problem = build.problem
     if problem.batch == 0:
         return Plan((), 0)
-    operands = ("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse")
+    layouts = ("q", "k", "v", "rpb", "additional_keys", "additional_values", "out", "lse")
     grid = build.blocks(build.items(problem.heads))
     scale = Scale(build.accumulator)
-    return Plan((build.launch("general_forward", grid, operands, scale, build.params(operands)),), 0)
+    return Plan((build.launch("general_forward", grid, OPERANDS["forward"], scale, build.params(layouts)),), 0)
 
 
-def _backward(build: _Build) -> Plan:
+def _backward(build: Build) -> Plan:
     """delta with dq, then each other gradient that is wanted; sums over many queries in two passes."""
     problem, call = build.problem, build.call
     wanted = {n for n, s in zip(call.operands, call.strides, strict=True) if s is not None and n in RESULTS["backward"]}
     if problem.batch == 0:
-        return Plan(_sum_partials(build, "drpb", Workspace(0), 0) if "drpb" in wanted else (), 0)
+        return Plan(sum_partials(build, "drpb", Workspace(0), 0) if "drpb" in wanted else (), 0)
     if not wanted:
         return Plan((), 0)
-    space = _Space()
+    space = Space()
     delta = space.take(build.items(problem.heads), build.accumulator)
     scale = Scale(build.accumulator)
     query_blocks, key_blocks = (build.blocks(build.items(heads)) for heads in (problem.heads, problem.heads_kv))
     common = ("d_out", "q", "k", "v", "lse")
     optional = ("d_lse", "rpb", "additional_keys", "additional_values")
     params = build.params((*common, *optional, "delta", "dq"))
-    pointers = (*common, *optional, delta, "dq")
+    pointers = (*common, *optional, "dropout_seed", delta, "dq")
     launches = [build.launch("general_backward_query", query_blocks, pointers, scale, params)]
     if wanted & {"dk", "dv"}:
         params = build.params((*common, "delta", "rpb", "dk", "dv"))
-        pointers = (*common, delta, "rpb", "dk", "dv")
+        pointers = (*common, delta, "rpb", "dropout_seed", "dk", "dv")
         launches.append(build.launch("general_backward_key", key_blocks, pointers, scale, params))
     if "drpb" in wanted:
         launches += _bias_launches(build, space, delta)
@@ -236,44 +64,27 @@ def _backward(build: _Build) -> Plan:
     return Plan(tuple(launches), space.bytes)
 
 
-class _Space:
-    """Hands out parts of the workspace."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def take(self, count: int, dtype: str) -> Workspace:
-        start = self.bytes
-        self.bytes += ceil(count * ITEM_SIZES[dtype] / 256) * 256
-        return Workspace(start)
-
-
-def _slices(build: _Build, queries: int, sums: int) -> int:
-    """Into how many parts a sum over queries is cut, where there are ``sums`` such sums."""
-    return max(1, min(TARGET_BLOCKS // sums, queries // (build.groups * MIN_QUERIES_PER_GROUP)))
-
-
-def _bias_launches(build: _Build, space: _Space, delta: Workspace) -> tuple[Launch, ...]:
+def _bias_launches(build: Build, space: Space, delta: Workspace) -> tuple[Launch, ...]:
     problem = build.problem
     *rows, row_length = problem.shapes["rpb"]
     blocks = prod(rows) * ceil(row_length / SPAN)
-    slices = _slices(build, build.items(1), blocks)
+    slices = slices_of(build, build.items(1), blocks)
     partials = space.take(slices * prod(problem.shapes["rpb"]), build.accumulator)
     first = build.launch(
         "general_backward_bias",
         (blocks * slices, 1, 1),
-        ("d_out", "q", "k", "v", "lse", delta, "rpb", partials),
+        ("d_out", "q", "k", "v", "lse", delta, "rpb", "dropout_seed", partials),
         Scale(build.accumulator),
         build.params(("d_out", "q", "k", "v", "lse", "delta", "rpb"), slices),
     )
-    return (first, *_sum_partials(build, "drpb", partials, slices))
+    return (first, *sum_partials(build, "drpb", partials, slices))
 
 
-def _additional_launches(build: _Build, space: _Space, delta: Workspace, wanted: set[str]) -> tuple[Launch, ...]:
+def _additional_launches(build: Build, space: Space, delta: Workspace, wanted: set[str]) -> tuple[Launch, ...]:
     problem = build.problem
     sums = problem.batch * problem.extra * problem.heads_kv
     queries = prod(problem.spatial) * problem.heads // problem.heads_kv
-    slices = _slices(build, queries, sums)
+    slices = slices_of(build, queries, sums)
     partials = {
         name: space.take(slices * prod(problem.shapes[name]), build.accumulator)
         for name in ("d_additional_keys", "d_additional_values")
@@ -281,25 +92,12 @@ def _additional_launches(build: _Build, space: _Space, delta: Workspace, wanted:
     first = build.launch(
         "general_backward_additional",
         (sums * slices, 1, 1),
-        ("d_out", "q", "lse", delta, "additional_keys", "additional_values", *partials.values()),
+        ("d_out", "q", "lse", delta, "additional_keys", "additional_values", "dropout_seed", *partials.values()),
         Scale(build.accumulator),
         build.params(("d_out", "q", "lse", "delta", "additional_keys", "additional_values"), slices),
     )
-    sums_of = [_sum_partials(build, name, start, slices) for name, start in partials.items() if name in wanted]
+    sums_of = [sum_partials(build, name, start, slices) for name, start in partials.items() if name in wanted]
     return (first, *(launch for launches in sums_of for launch in launches))
-
-
-def _sum_partials(build: _Build, name: str, partials: Workspace, slices: int) -> tuple[Launch, ...]:
-    """The second pass: one result of up to four axes, from partials [slices, *shape]."""
-    call, shape = build.call, build.problem.shapes[name]
-    strides = call.strides[OPERANDS["backward"].index(name)]
-    assert strides is not None
-    lead = 4 - len(shape)
-    params = struct.pack("=4q5i4x", *([0] * lead), *strides, *([1] * lead), *shape, slices)
-    defines = {"PARTIAL": build.accumulator, "RESULT": build.problem.dtype_of(name), "THREADS": str(build.threads)}
-    spec = KernelSpec("general_sum_partials", tuple(sorted(defines.items())), build.arch)
-    grid = (ceil(prod(shape) / build.threads), 1, 1)
-    return (Launch(spec, grid, (build.threads, 1, 1), 0, (partials, build.operand(name), Constant(params))),)
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:
@@ -311,12 +109,8 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
         return f"head_dim {problem.head_dim}, head_dim_v {problem.head_dim_v}: at most {MAX_HEAD_DIM} are supported."
     if max(problem.spatial) > MAX_EXTENT:
         return f"the map {problem.spatial} has an axis longer than {MAX_EXTENT}."
-    if call.direction not in _DIRECTIONS:
-        return f"the general kernels do {' and '.join(_DIRECTIONS)}, not {call.direction}."
     for name, strides in zip(call.operands, call.strides, strict=True):
-        if strides is not None and name not in _OPERANDS:
-            return f"{name}: the general kernels do not take it."
-        if problem.batch and strides is not None and name in _ROWS and strides[-1] != 1:
+        if problem.batch and strides is not None and name in ROWS and strides[-1] != 1:
             return f"{name} has stride {strides[-1]} on its last axis; it must be contiguous."
     return None
 
@@ -330,7 +124,21 @@ _KERNELS = tuple(
         ("general_backward_bias", 255, 32 << 10),
         ("general_backward_additional", 168, 8 << 10),
         ("general_sum_partials", 40, 0),
+        ("general_qk", 255, 0),
+        ("general_av", 255, 0),
+        ("general_av_key", 255, 0),
+        ("general_av_additional", 168, 8 << 10),
+        ("general_qk_bias", 64, 32 << 10),
     )
 )
 
-CANDIDATE = Candidate("general", _KERNELS, ("vector", "lanes", "strip", "threads"), refusal, plan, listed.general)
+CANDIDATE = Candidate(
+    "general",
+    _KERNELS,
+    ("vector", "lanes", "strip", "threads"),
+    refusal,
+    plan,
+    listed.general,
+    directions=("forward", "backward", *unfused.PLANS),
+    dropout=True,
+)

@@ -37,7 +37,21 @@ def general() -> tuple[Call, ...]:
         replace(plain, head_dim=5, head_dim_v=3, extra=1, rpb_dtype="float32"),
         replace(plain, dtype="float64", head_dim=255, head_dim_v=1, extra=1, rpb_dtype="float64"),
     ]
-    return tuple(contiguous_call(direction, problem) for problem in problems for direction in ("forward", "backward"))
+    calls = [contiguous_call(direction, problem) for problem in problems for direction in ("forward", "backward")]
+    problems = [replace(plain, dtype=dtype, rpb_dtype=rpb, extra=4, dropout_p=0.1) for dtype, rpb in _DTYPES[1:]]
+    calls += [contiguous_call(direction, problem) for problem in problems for direction in ("forward", "backward")]
+    return (*calls, *_unfused())
+
+
+def _unfused() -> tuple[Call, ...]:
+    """Every dtype at head_dim 32 and at its widest rows, and an odd one."""
+    plain = Problem(Window.of(2, 7), 2, (56, 56), 2, 2, 32, 32, 4, "float16", None)
+    problems = [replace(plain, dtype=dtype, rpb_dtype=rpb) for dtype, rpb in _DTYPES]
+    problems += [replace(plain, dtype=d, head_dim=256, head_dim_v=256) for d in ("bfloat16", "float32", "float64")]
+    problems += [replace(plain, head_dim=5, head_dim_v=5)]
+    scores = [contiguous_call(direction, p) for p in problems for direction in ("qk", "qk_backward")]
+    problems = [replace(p, rpb_dtype=None) for p in problems]
+    return (*scores, *[contiguous_call(direction, p) for p in problems for direction in ("av", "av_backward")])
 
 
 def small_windows(direction: Direction) -> tuple[Call, ...]:

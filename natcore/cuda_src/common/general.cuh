@@ -44,6 +44,9 @@ struct Sizes {
   int batch, heads, heads_kv;
   int extra;   // additional keys
   int slices;  // parts into which a sum over queries is cut
+  int places;  // of a query: the keys of a window, row-major, and the additional ones
+  unsigned dropout_threshold;
+  double dropout_factor;
 };
 
 struct Layout {  // strides in elements; the innermost axis is contiguous
@@ -93,6 +96,18 @@ __device__ __forceinline__ void advance(Place& place, const Place& step, const S
 
 __device__ __forceinline__ Index items(const Sizes& sizes, int heads) {
   return static_cast<Index>(sizes.batch) * sizes.axis[0].extent * sizes.axis[1].extent * sizes.axis[2].extent * heads;
+}
+
+// The number of a query of one head in [batch, x0, x1, x2, heads].
+__device__ __forceinline__ unsigned long long number_of(const Sizes& sizes, int batch, int x0, int x1, int x2, int head) {
+  unsigned long long number = static_cast<unsigned long long>(batch) * sizes.axis[0].extent + x0;
+  number = (number * sizes.axis[1].extent + x1) * sizes.axis[2].extent + x2;
+  return number * sizes.heads + head;
+}
+
+// The place of a key in a window: n is counted from the window's start on each axis.
+__device__ __forceinline__ int place_in_window(const Sizes& sizes, int n0, int n1, int n2) {
+  return (n0 * sizes.axis[1].kernel + n1) * sizes.axis[2].kernel + n2;
 }
 
 // One position of one axis, as its dilation group sees it.

@@ -9,30 +9,14 @@
 //                         shared memory                 then the groups are added in order
 //
 // general_sum_partials adds the slices. No atomics.
+#include "common/dropout.cuh"
 #include "common/general_backward.cuh"
+#include "common/group_sums.cuh"
 
 struct Params {
   Sizes sizes;
   Layout d_out, q, lse, delta, additional_keys, additional_values;
 };
-
-// Adds the groups' rows in order, through shared memory, and writes the sum times factor.
-template <int D>
-__device__ __forceinline__ void sum_groups(Acc* shared, const Row<D>& row, Acc factor, Acc* result) {
-  constexpr int size = Share<D>::size;
-  __syncthreads();  // whatever lay there has been read
-#pragma unroll
-  for (int i = 0; i < size; ++i) shared[threadIdx.x * size + i] = row.x[i];
-  __syncthreads();
-  for (int slot = threadIdx.x; slot < LANES * size; slot += THREADS) {
-    const int lane = slot / size, i = slot % size;
-    const int element = (i / VECTOR * LANES + lane) * VECTOR + i % VECTOR;
-    if (element >= D) continue;
-    Acc total = 0;
-    for (int g = 0; g < GROUPS; ++g) total += shared[g * LANES * size + slot];
-    result[element] = total * factor;
-  }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     general_backward_additional(const Element* __restrict__ d_out,              // [batch, x0, x1, x2, heads, HEAD_DIM_V]
@@ -41,6 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                                 const Acc* __restrict__ delta,                  // [batch, x0, x1, x2, heads]
                                 const Element* __restrict__ additional_keys,    // [batch, extra, heads_kv, HEAD_DIM]
                                 const Element* __restrict__ additional_values,  // [batch, extra, heads_kv, HEAD_DIM_V]
+                                const unsigned* __restrict__ dropout_seed,      // [1], or null
                                 Acc* __restrict__ dk_partials,  // [slices, batch, extra, heads_kv, HEAD_DIM]
                                 Acc* __restrict__ dv_partials,  // [slices, batch, extra, heads_kv, HEAD_DIM_V]
                                 const Acc scale, const __grid_constant__ Params params) {
@@ -73,10 +58,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     q_row.load(q + place.offset(params.q, head), lane);
     gradient.load(d_out + place.offset(params.d_out, head), lane);
     const QueryScalars scalars{LOG2_E * lse[place.offset(params.lse, head)], delta[place.offset(params.delta, head)]};
-    const Acc qk = group_sum(key.dot(q_row)), dp = group_sum(value.dot(gradient));
+    const Dropout dropout(sizes, dropout_seed, number_of(sizes, batch, place.x[0], place.x[1], place.x[2], head));
+    const Acc factor = dropout.factor(sizes.places - sizes.extra + e);
+    const Acc qk = group_sum(key.dot(q_row)), dp = factor * group_sum(value.dot(gradient));
     const PairGradient pair(qk, dp, scale2, 0, scalars);
     d_key.add(pair.ds, q_row);
-    d_value.add(pair.p, gradient);
+    d_value.add(pair.p * factor, gradient);
   }
 
   constexpr int widest = Share<HEAD_DIM>::size > Share<HEAD_DIM_V>::size ? Share<HEAD_DIM>::size : Share<HEAD_DIM_V>::size;

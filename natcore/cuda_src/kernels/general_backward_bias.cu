@@ -11,6 +11,7 @@
 //
 // Each group of LANES lanes takes every GROUPS-th query and adds into a span of its own in shared
 // memory; then the groups are added in order. general_sum_partials adds the slices. No atomics.
+#include "common/dropout.cuh"
 #include "common/general_backward.cuh"
 
 struct Params {
@@ -18,12 +19,14 @@ struct Params {
   Layout d_out, q, k, v, lse, delta, rpb;
 };
 
-// The key's place on one axis, at an entry's offset from the query. False where the query does not see it.
-__device__ __forceinline__ bool key_at(const Axis& axis, int entry, int x, int& y) {
+// The key on one axis, at an entry's offset from the query: where it lies, and its place from the start of
+// the window. False where the query does not see it.
+__device__ __forceinline__ bool key_at(const Axis& axis, int entry, int x, int& y, int& place) {
   const Spot spot(axis, x);
   const Interval keys = keys_of(axis, spot.inside, spot.length);
   const int n = spot.inside + entry - (axis.kernel - 1);
   y = spot.position(axis, n);
+  place = n - keys.start;
   return n >= keys.start && n < keys.end;
 }
 
@@ -35,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                           const Acc* __restrict__ lse,          // [batch, x0, x1, x2, heads]
                           const Acc* __restrict__ delta,        // [batch, x0, x1, x2, heads]
                           const BiasElement* __restrict__ rpb,  // [heads, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1]
+                          const unsigned* __restrict__ dropout_seed,  // [1], or null
                           Acc* __restrict__ partials,           // [slices, heads, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1]
                           const Acc scale, const __grid_constant__ Params params) {
   const Sizes& sizes = params.sizes;
@@ -59,8 +63,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const Place step = place_of(GROUPS, sizes, 1);
   Place from = place_of(first + group, sizes, 1);
   for (Index query = first + group; query < end && first < queries; query += GROUPS, advance(from, step, sizes, 1)) {
-    int y0, y1;
-    if (!key_at(sizes.axis[1], r1, from.x[1], y1) || !key_at(sizes.axis[0], r0, from.x[0], y0)) continue;
+    int y0, y1, place0, place1;
+    if (!key_at(sizes.axis[1], r1, from.x[1], y1, place1) || !key_at(sizes.axis[0], r0, from.x[0], y0, place0)) continue;
     // The keys of the row whose entries, e2 = n2 + shift, lie in the span.
     const Spot spot(sizes.axis[2], from.x[2]);
     const Interval window = keys_of(sizes.axis[2], spot.inside, spot.length);
@@ -75,13 +79,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const QueryScalars scalars{LOG2_E * lse[from.offset(params.lse, head)], delta[from.offset(params.delta, head)]};
     const Element* keys = k + offset_of(params.k, from.batch, y0, y1, 0, head_kv);
     const Element* values = v + offset_of(params.v, from.batch, y0, y1, 0, head_kv);
+    const Dropout dropout(sizes, dropout_seed, static_cast<unsigned long long>(query) * sizes.heads + head);
     for (int n2 = start; n2 < stop; ++n2) {
       const int y2 = spot.position(sizes.axis[2], n2);
       RawRow<HEAD_DIM> key;
       RawRow<HEAD_DIM_V> value;
       key.load(keys + y2 * params.k.axis[2], lane);
       value.load(values + y2 * params.v.axis[2], lane);
-      const Acc qk = group_sum(q_row.dot(key)), dp = group_sum(gradient.dot(value));
+      const Acc factor = dropout.factor(place_in_window(sizes, place0, place1, n2 - window.start));
+      const Acc qk = group_sum(q_row.dot(key)), dp = factor * group_sum(gradient.dot(value));
       const Acc bias2 = LOG2_E * widen(table[(n2 + shift) * params.rpb.axis[2]]);
       const PairGradient pair(qk, dp, scale2, bias2, scalars);
       if (lane == 0) sums[group][n2 + shift - first_entry] += pair.ds;

@@ -11,6 +11,7 @@
 //      . . . . . . . . . .          ds as in general_backward_query;  dk += scale ds q,  dv += p d_out
 //
 // Nobody else writes this dk and dv: no atomics, and the order of the sums is fixed.
+#include "common/dropout.cuh"
 #include "common/general_backward.cuh"
 
 struct Params {
@@ -26,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                          const Acc* __restrict__ lse,          // [batch, x0, x1, x2, heads]
                          const Acc* __restrict__ delta,        // [batch, x0, x1, x2, heads]
                          const BiasElement* __restrict__ rpb,  // [heads, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1]
+                         const unsigned* __restrict__ dropout_seed,  // [1], or null
                          Element* __restrict__ dk,             // [batch, x0, x1, x2, heads_kv, HEAD_DIM], or null
                          Element* __restrict__ dv,             // [batch, x0, x1, x2, heads_kv, HEAD_DIM_V], or null
                          const Acc scale, const __grid_constant__ Params params) {
@@ -48,7 +50,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
   for (int head = place.head * heads_per_kv; head < (place.head + 1) * heads_per_kv; ++head) {
     for (int p0 = w0.start; p0 < w0.end; ++p0) {
+      const int seen0 = s0.inside - keys_of(sizes.axis[0], p0, s0.length).start;  // the key's place in p0's window
       for (int p1 = w1.start; p1 < w1.end; ++p1) {
+        const int seen1 = s1.inside - keys_of(sizes.axis[1], p1, s1.length).start;
         const int x0 = s0.position(sizes.axis[0], p0), x1 = s1.position(sizes.axis[1], p1);
         const Element* queries = q + offset_of(params.q, place.batch, x0, x1, 0, head);
         const Element* gradients = d_out + offset_of(params.d_out, place.batch, x0, x1, 0, head);
@@ -75,11 +79,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           }
 #pragma unroll
           for (int u = 0; u < STRIP; ++u) {
-            const Acc qk = group_sum(key.dot(query[u])), dp = group_sum(value.dot(gradient[u]));
+            const int p = smaller(p2 + u, w2.end - 1), x2 = s2.position(sizes.axis[2], p);
+            const Dropout dropout(sizes, dropout_seed, number_of(sizes, place.batch, x0, x1, x2, head));
+            const int seen2 = s2.inside - keys_of(sizes.axis[2], p, s2.length).start;
+            const Acc factor = dropout.factor(place_in_window(sizes, seen0, seen1, seen2));
+            const Acc qk = group_sum(key.dot(query[u])), dp = factor * group_sum(value.dot(gradient[u]));
             const PairGradient pair(qk, dp, scale2, bias2[u], scalars[u]);
             const bool real = p2 + u < w2.end;  // the last query repeats past the end
             d_key.add(real ? pair.ds : Acc(0), query[u]);
-            d_value.add(real ? pair.p : Acc(0), gradient[u]);
+            d_value.add(real ? pair.p * factor : Acc(0), gradient[u]);
           }
         }
       }

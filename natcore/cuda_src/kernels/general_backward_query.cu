@@ -13,6 +13,7 @@
 // out has been rounded to 16 bits, and drpb, whose entries nearly cancel, shows it.
 //
 // Nobody else writes this dq: no atomics, and the order of the sums is fixed.
+#include "common/dropout.cuh"
 #include "common/general_backward.cuh"
 
 struct Params {
@@ -26,10 +27,12 @@ struct QueryRows {
   Acc lse2, sum = 0;
 };
 
-// A strip of `count` or more keys: `at(u)` is the index of its u-th key, `bias(u)` its bias in units of log 2.
-template <typename At, typename Bias>
+// A strip of `count` or more keys: `at(u)` is the index of its u-th key, `bias(u)` its bias in units of log 2,
+// `factor(u)` what dropout multiplies its weight with.
+template <typename At, typename Bias, typename Factor>
 __device__ __forceinline__ void visit(QueryRows& rows, Acc scale2, int lane, const Element* keys, long long key_stride,
-                                      const Element* values, long long value_stride, int count, At at, Bias bias) {
+                                      const Element* values, long long value_stride, int count, At at, Bias bias,
+                                      Factor factor) {
   RawRow<HEAD_DIM> key[STRIP];
   RawRow<HEAD_DIM_V> value[STRIP];
 #pragma unroll
@@ -40,7 +43,7 @@ __device__ __forceinline__ void visit(QueryRows& rows, Acc scale2, int lane, con
   }
 #pragma unroll
   for (int u = 0; u < STRIP; ++u) {
-    const Acc qk = group_sum(rows.q.dot(key[u])), dp = group_sum(rows.d_out.dot(value[u]));
+    const Acc qk = group_sum(rows.q.dot(key[u])), dp = factor(u) * group_sum(rows.d_out.dot(value[u]));
     const Acc p = u < count ? exp2(qk * scale2 + bias(smaller(u, count - 1)) - rows.lse2) : Acc(0);
     rows.with_dp.add(p * dp, key[u]);
     rows.with_p.add(p, key[u]);
@@ -58,6 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                            const BiasElement* __restrict__ rpb,            // [heads, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1]
                            const Element* __restrict__ additional_keys,    // [batch, extra, heads_kv, HEAD_DIM]
                            const Element* __restrict__ additional_values,  // [batch, extra, heads_kv, HEAD_DIM_V]
+                           const unsigned* __restrict__ dropout_seed,      // [1], or null
                            Acc* __restrict__ delta,                        // [batch, x0, x1, x2, heads]
                            Element* __restrict__ dq,                       // [batch, x0, x1, x2, heads, HEAD_DIM], or null
                            const Acc scale, const __grid_constant__ Params params) {
@@ -72,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const Interval w1 = keys_of(sizes.axis[1], s1.inside, s1.length);
   const Interval w2 = keys_of(sizes.axis[2], s2.inside, s2.length);
 
+  const Dropout dropout(sizes, dropout_seed, item);
   const Acc scale2 = scale * LOG2_E;
   QueryRows rows;
   rows.q.load(q + place.offset(params.q, place.head), lane);
@@ -97,7 +102,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           return 0;
 #endif
         };
-        visit(rows, scale2, lane, keys, params.k.axis[2], values, params.v.axis[2], w2.end - n2, at, bias);
+        const int first = place_in_window(sizes, n0 - w0.start, n1 - w1.start, n2 - w2.start);
+        visit(rows, scale2, lane, keys, params.k.axis[2], values, params.v.axis[2], w2.end - n2, at, bias,
+              [&](int u) { return dropout.factor(first + u); });
       }
     }
   }
@@ -105,7 +112,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const Element* values = additional_values + offset_of(params.additional_values, place.batch, 0, 0, 0, head_kv);
   for (int e = 0; e < sizes.extra; e += STRIP) {
     visit(rows, scale2, lane, keys, params.additional_keys.axis[2], values, params.additional_values.axis[2],
-          sizes.extra - e, [&](int u) { return e + u; }, [](int) -> Acc { return 0; });
+          sizes.extra - e, [&](int u) { return e + u; }, [](int) -> Acc { return 0; },
+          [&](int u) { return dropout.factor(sizes.places - sizes.extra + e + u); });
   }
 
   const Acc own_delta = rows.sum - (d_lse == nullptr ? Acc(0) : d_lse[place.offset(params.d_lse, place.head)]);

@@ -14,7 +14,7 @@
 //
 // Scores are kept in units of log 2, so that exp is one exp2. Lanes past the window's end repeat its
 // last key with a score of -infinity: they read real memory and weigh nothing.
-#include "common/general.cuh"
+#include "common/dropout.cuh"
 
 struct Params {
   Sizes sizes;
@@ -26,7 +26,9 @@ struct OnlineSoftmax {
   Acc sum = 0;
   Acc top = Acc(-3.0e38);  // finite: a first strip of -infinity (a bias may mask) must not give NaN
 
-  __device__ __forceinline__ void add(Acc (&score)[STRIP], const RawRow<HEAD_DIM_V> (&value)[STRIP]) {
+  // `factor(u)` is what dropout multiplies the u-th weight with; the sum is that of all weights.
+  template <typename Factor>
+  __device__ __forceinline__ void add(Acc (&score)[STRIP], const RawRow<HEAD_DIM_V> (&value)[STRIP], Factor factor) {
     Acc raised = top;
 #pragma unroll
     for (int u = 0; u < STRIP; ++u) raised = score[u] > raised ? score[u] : raised;
@@ -39,16 +41,16 @@ struct OnlineSoftmax {
     for (int u = 0; u < STRIP; ++u) {
       const Acc p = exp2(score[u] - raised);
       sum += p;
-      out.add(p, value[u]);
+      out.add(p * factor(u), value[u]);
     }
   }
 };
 
 // A strip of keys: `at(u)` is the index of its u-th key, `bias(u)` the score's bias in units of log 2.
-template <typename At, typename Bias>
+template <typename At, typename Bias, typename Factor>
 __device__ __forceinline__ void attend(OnlineSoftmax& softmax, const Row<HEAD_DIM>& query, Acc scale2, int lane,
                                        const Element* keys, long long key_stride, const Element* values,
-                                       long long value_stride, int count, At at, Bias bias) {
+                                       long long value_stride, int count, At at, Bias bias, Factor factor) {
   RawRow<HEAD_DIM> key[STRIP];
   RawRow<HEAD_DIM_V> value[STRIP];
   Acc score[STRIP];
@@ -63,7 +65,7 @@ __device__ __forceinline__ void attend(OnlineSoftmax& softmax, const Row<HEAD_DI
 #pragma unroll
   for (int u = 1; u < STRIP; ++u)
     if (u >= count) score[u] = -infinity();
-  softmax.add(score, value);
+  softmax.add(score, value, factor);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -73,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                     const BiasElement* __restrict__ rpb,            // [heads, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1]
                     const Element* __restrict__ additional_keys,    // [batch, extra, heads_kv, HEAD_DIM]
                     const Element* __restrict__ additional_values,  // [batch, extra, heads_kv, HEAD_DIM_V]
+                    const unsigned* __restrict__ dropout_seed,      // [1], or null
                     Element* __restrict__ out,                      // [batch, x0, x1, x2, heads, HEAD_DIM_V]
                     Acc* __restrict__ lse,                          // [batch, x0, x1, x2, heads], or null
                     const Acc scale, const __grid_constant__ Params params) {
@@ -87,6 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const Interval w1 = keys_of(sizes.axis[1], s1.inside, s1.length);
   const Interval w2 = keys_of(sizes.axis[2], s2.inside, s2.length);
 
+  const Dropout dropout(sizes, dropout_seed, item);
   const Acc scale2 = scale * LOG2_E;
   Row<HEAD_DIM> query;
   query.load(q + place.offset(params.q, place.head), lane);
@@ -111,7 +115,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
           return 0;
 #endif
         };
-        attend(softmax, query, scale2, lane, keys, params.k.axis[2], values, params.v.axis[2], w2.end - n2, at, bias);
+        const int first = place_in_window(sizes, n0 - w0.start, n1 - w1.start, n2 - w2.start);
+        attend(softmax, query, scale2, lane, keys, params.k.axis[2], values, params.v.axis[2], w2.end - n2, at, bias,
+               [&](int u) { return dropout.factor(first + u); });
       }
     }
   }
@@ -120,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   for (int e = 0; e < sizes.extra; e += STRIP) {
     attend(softmax, query, scale2, lane, keys, params.additional_keys.axis[2], values,
            params.additional_values.axis[2], sizes.extra - e, [&](int u) { return e + u; },
-           [](int) -> Acc { return 0; });
+           [](int) -> Acc { return 0; }, [&](int u) { return dropout.factor(sizes.places - sizes.extra + e + u); });
   }
 
   softmax.out.store(out + place.offset(params.out, place.head), lane, Acc(1) / softmax.sum);
