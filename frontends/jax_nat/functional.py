@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jax_nat.primitive import Request, run
@@ -56,14 +57,17 @@ def _attend_bwd(static: _Static, saved: dict[str, jax.Array], cotangent: Result)
     gradients = run(_request(static, "backward", omitted), saved | cotangents)
     packed = {"qkv": "dqkv"} if static.packed else {"q": "dq", "k": "dk", "v": "dv"}
     names = packed | {"rpb": "drpb", "additional_keys": "d_additional_keys", "additional_values": "d_additional_values"}
-    return ({name: _like(saved[name], gradients[gradient]) for name, gradient in names.items() if name in saved},)
+    answer = {name: like(saved[name], gradients[gradient]) for name, gradient in names.items() if name in saved}
+    if "dropout_seed" in saved:  # an integer: its gradient has no values
+        answer["dropout_seed"] = np.zeros(saved["dropout_seed"].shape, jax.dtypes.float0)
+    return (answer,)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 _attend_jit = jax.jit(_attend, static_argnums=0)
 
 
-def _like(x: jax.Array, gradient: jax.Array) -> jax.Array:
+def like(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """On a mesh with explicit axes, a gradient is sharded as its array."""
     sharding = jax.typeof(x).sharding
     return gradient if jax.typeof(gradient).sharding == sharding else jax.reshard(gradient, sharding)
@@ -75,20 +79,31 @@ def _request(static: _Static, direction: Any, omitted: frozenset[str] = frozense
 
 def _call(
     rank: int, operands: dict[str, Any], packed: bool, window_arguments: tuple, scale: Any, return_lse: bool,
-    config: Config | None,
+    config: Config | None, dropout: tuple[float, Any],
 ) -> Result:  # fmt: skip
     """Every check, then the call. ``operands`` maps q, k, v or qkv, and the optional names, to arrays or None."""
     arrays = {name: jnp.asarray(x) for name, x in operands.items() if x is not None}
-    views = {name: _view(x) for name, x in arrays.items()}
-    problem = problem_of(
-        Window.of(rank, *window_arguments), _thirds(rank, views.pop("qkv")) | views if packed else views
-    )
-    scale = problem.default_scale if scale is None else _number(scale)
+    dropout_p = number("dropout_p", dropout[0])
+    if dropout_p:
+        arrays["dropout_seed"] = _seed(dropout_p, dropout[1])
+    views = {name: view_of(x) for name, x in arrays.items()}
+    views = _thirds(rank, views.pop("qkv")) | views if packed else views
+    problem = problem_of(Window.of(rank, *window_arguments), views, dropout_p)
+    scale = problem.default_scale if scale is None else number("scale", scale)
     static = _Static(problem, packed, scale, bool(return_lse), config)
-    return _attend_jit(static, _varying_alike(arrays))
+    return _attend_jit(static, varying_alike(arrays))
 
 
-def _view(x: jax.Array) -> View:
+def _seed(dropout_p: float, seed: Any) -> jax.Array:
+    """uint32 [1] from a Python int or any integer array of one element."""
+    if isinstance(seed, int) and not 0 <= seed < 1 << 32:
+        raise ValueError(f"dropout_seed is {seed}; it must be in [0, 2 ** 32).")
+    if seed is None or jnp.size(seed) != 1 or not (isinstance(seed, int) or jnp.issubdtype(seed.dtype, jnp.integer)):
+        raise ValueError(f"dropout_p {dropout_p} needs a dropout_seed, an int or an integer array of one element.")
+    return jnp.asarray(seed, jnp.uint32).reshape(1)
+
+
+def view_of(x: jax.Array) -> View:
     return View(0, x.shape, contiguous_strides(x.shape), x.dtype.name, Device("cpu"))
 
 
@@ -98,16 +113,14 @@ def _thirds(rank: int, qkv: View) -> dict[str, View | None]:
     return {name: qkv._replace(shape=shape, strides=strides) for name in "qkv"}
 
 
-def _number(scale: Any) -> float:
-    if isinstance(scale, Tracer):
-        raise ValueError(
-            "scale is a traced value; it must be a Python number. To differentiate or vary it, multiply q by it and "
-            "pass scale=1.0."
-        )
-    return float(scale)
+def number(name: str, value: Any) -> float:
+    if isinstance(value, Tracer):
+        hint = " To differentiate or vary it, multiply q by it and pass scale=1.0." if name == "scale" else ""
+        raise ValueError(f"{name} is a traced value; it must be a Python number.{hint}")
+    return float(value)
 
 
-def _varying_alike(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def varying_alike(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Under shard_map: an operand shared by all shards (a bias table, say) is marked as varying like the others."""
     axes = {name: jax.typeof(x).mat.varying for name, x in arrays.items()}
     union = frozenset().union(*axes.values())
@@ -122,14 +135,16 @@ def _make(rank: int) -> Any:
         q: jax.Array, k: jax.Array, v: jax.Array, kernel_size: PerAxis, *, stride: PerAxis = 1, dilation: PerAxis = 1,
         is_causal: PerAxisFlag = False, scale: float | None = None, rpb: jax.Array | None = None,
         additional_keys: jax.Array | None = None, additional_values: jax.Array | None = None,
-        return_lse: bool = False, config: Config | None = None,
+        return_lse: bool = False, dropout_p: float = 0.0, dropout_seed: int | jax.Array | None = None,
+        config: Config | None = None,
     ) -> Result:  # fmt: skip
         operands = {"q": q, "k": k, "v": v} | dict(
             zip(_OPTIONAL, (rpb, additional_keys, additional_values), strict=True)
         )
-        return _call(rank, operands, False, (kernel_size, stride, dilation, is_causal), scale, return_lse, config)
+        window, dropout = (kernel_size, stride, dilation, is_causal), (dropout_p, dropout_seed)
+        return _call(rank, operands, False, window, scale, return_lse, config, dropout)
 
-    return _documented(attend, f"na{rank}d", _DOC, rank)
+    return documented(attend, f"na{rank}d", _DOC, rank)
 
 
 def _make_packed(rank: int) -> Any:
@@ -137,15 +152,17 @@ def _make_packed(rank: int) -> Any:
         qkv: jax.Array, kernel_size: PerAxis, *, stride: PerAxis = 1, dilation: PerAxis = 1,
         is_causal: PerAxisFlag = False, scale: float | None = None, rpb: jax.Array | None = None,
         additional_keys: jax.Array | None = None, additional_values: jax.Array | None = None,
-        return_lse: bool = False, config: Config | None = None,
+        return_lse: bool = False, dropout_p: float = 0.0, dropout_seed: int | jax.Array | None = None,
+        config: Config | None = None,
     ) -> Result:  # fmt: skip
         operands = {"qkv": qkv} | dict(zip(_OPTIONAL, (rpb, additional_keys, additional_values), strict=True))
-        return _call(rank, operands, True, (kernel_size, stride, dilation, is_causal), scale, return_lse, config)
+        window, dropout = (kernel_size, stride, dilation, is_causal), (dropout_p, dropout_seed)
+        return _call(rank, operands, True, window, scale, return_lse, config, dropout)
 
-    return _documented(attend, f"na{rank}d_qkvpacked", _PACKED_DOC, rank)
+    return documented(attend, f"na{rank}d_qkvpacked", _PACKED_DOC, rank)
 
 
-def _documented(function: Any, name: str, text: str, rank: int) -> Any:
+def documented(function: Any, name: str, text: str, rank: int) -> Any:
     axes = ", ".join(("depth", "height", "width")[-rank:]) if rank > 1 else "length"
     tables = ", ".join(f"2 * kernel{a} - 1" for a in range(rank))
     function.__name__ = function.__qualname__ = name
@@ -162,6 +179,12 @@ _COMMON = """
     rpb: relative positional bias [heads, {tables}], float32 or q's dtype, added unscaled
         (Hassani et al., "Neighborhood Attention Transformer", CVPR 2023, eq. 2).
     additional_keys, additional_values: [batch, extra, heads_kv, head_dim], seen by every query.
+    dropout_p: a Python number in [0, 1), the probability with which an attention weight becomes 0 (the
+        others are divided by 1 - dropout_p; the log-sum-exp is that of all).
+    dropout_seed: an int or an integer array of one element, which may be traced: another seed compiles
+        nothing. ``jax.random.bits(key, dtype="uint32")`` makes one of a key. The same seed drops the same
+        weights on every device; under vmap and shard_map every part numbers its own weights, so give
+        each a seed of its own.
     config: an explicit `natcore.Config` in place of the planner's choice.
 
 float64 (where JAX has it enabled), float32, float16 or bfloat16; sums are in float32 or better. Runs

@@ -43,6 +43,7 @@ class _NeighborhoodAttention(nnx.Module):
         rel_pos_bias: learn a relative positional bias.
         qkv_bias: give the qkv projection a bias.
         qk_scale: of q . k; head_dim ** -0.5 by default.
+        attn_drop: dropout rate of the attention weights (`jax_nat.na2d`'s dropout_p), unless ``eval`` was called.
         proj_drop: dropout rate after the output projection.
         dtype: of the computation; by default the promoted dtype of input and parameters.
         rngs: random streams ``params`` and, with dropout, ``dropout``.
@@ -64,6 +65,7 @@ class _NeighborhoodAttention(nnx.Module):
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
+        attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         *,
         dtype: Any = None,
@@ -79,6 +81,7 @@ class _NeighborhoodAttention(nnx.Module):
         table = (num_heads, *self.window.rpb_shape)
         self.rpb = nnx.Param(published_init(rngs.params(), table, jnp.float32)) if rel_pos_bias else None
         self.proj = nnx.Linear(embed_dim, embed_dim, **common)
+        self.attn_drop = dropout(attn_drop, rngs)
         self.proj_drop = dropout(proj_drop, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -90,6 +93,8 @@ class _NeighborhoodAttention(nnx.Module):
         rpb = None if self.rpb is None else self.rpb[...]
         if rpb is not None and rpb.dtype != qkv.dtype:
             rpb = rpb.astype(jnp.float32)
+        drop = self.attn_drop
+        drops = drop.rate > 0 and not drop.deterministic
         out = _PACKED[self.rank](
             qkv,
             self.window.kernel_size,
@@ -98,6 +103,8 @@ class _NeighborhoodAttention(nnx.Module):
             is_causal=self.window.is_causal,
             scale=self.scale,
             rpb=rpb,
+            dropout_p=drop.rate if drops else 0.0,
+            dropout_seed=jax.random.bits(drop.rngs(), dtype="uint32") if drops else None,
         )
         return self.proj_drop(self.proj(out.reshape(x.shape)))
 

@@ -148,12 +148,15 @@ def _batch(arrays: Sequence[Any], axes: Sequence[Any], *, request: Request) -> t
 
     A bias table belongs to a head, and its gradient sums over the batch; so where every element has its
     own table, or needs its own gradient of it, the mapped axis joins the heads (kv head groups stay
-    together, for the element is the outer index on both sides).
+    together, for the element is the outer index on both sides). With dropout the elements are computed one
+    after the other, since what a seed drops depends on the shape.
     """
+    if request.problem.dropout_p > 0:
+        return _one_by_one(arrays, axes, request)
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     names = request.arguments
     table_mapped = "rpb" in names and axes[names.index("rpb")] is not None
-    by_head = table_mapped or ("rpb" in names and request.direction == "backward")
+    by_head = table_mapped or ("rpb" in names and request.direction.endswith("backward"))
     problem = request.problem
     if by_head:
         wide = replace(problem, heads=size * problem.heads, heads_kv=size * problem.heads_kv)
@@ -176,6 +179,18 @@ def _batch(arrays: Sequence[Any], axes: Sequence[Any], *, request: Request) -> t
         unfolded.append(x.reshape((*shape[:place], size, *shape[place:])))
         places.append(place)
     return unfolded, places
+
+
+def _one_by_one(arrays: Sequence[Any], axes: Sequence[Any], request: Request) -> tuple[list[Any], list[int]]:
+    mapped = [jnp.moveaxis(x, axis, 0) for x, axis in zip(arrays, axes, strict=True) if axis is not None]
+
+    def one(slices: Sequence[Any]) -> list[Any]:
+        parts = iter(slices)
+        given = [x if axis is None else next(parts) for x, axis in zip(arrays, axes, strict=True)]
+        return neighborhood_attention_p.bind(*given, request=request)
+
+    results = jax.lax.map(one, mapped)
+    return results, [0] * len(results)
 
 
 def _head_axis(array: str, rank: int) -> int:
