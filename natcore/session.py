@@ -92,7 +92,7 @@ class Session(NamedTuple):
         """The seed in memory, where kernels read it."""
         if not dropout_p:
             return None
-        if not hasattr(seed, "__index__") or not 0 <= int(seed) < 1 << 32:  # type: ignore[arg-type]
+        if seed is None or not hasattr(seed, "__index__") or not 0 <= int(seed) < 1 << 32:
             raise ValueError(f"dropout_p {dropout_p} needs a dropout_seed in [0, 2 ** 32), not {seed!r}.")
         view = View(0, (1,), (1,), "uint32", self.device)
         if self.stream is None:
@@ -101,7 +101,7 @@ class Session(NamedTuple):
         from natcore import device as gpu
 
         array, address = self.empty((1,), "float32")  # of four bytes
-        gpu.fill(self.device.index, address, seed, self.stream)
+        gpu.fill(self.device.index, address, int(seed), self.stream)
         return Borrowed(address, view, True, array)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> tuple[Any, int]:

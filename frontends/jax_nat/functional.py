@@ -57,7 +57,9 @@ def _attend_bwd(static: _Static, saved: dict[str, jax.Array], cotangent: Result)
     gradients = run(_request(static, "backward", omitted), saved | cotangents)
     packed = {"qkv": "dqkv"} if static.packed else {"q": "dq", "k": "dk", "v": "dv"}
     names = packed | {"rpb": "drpb", "additional_keys": "d_additional_keys", "additional_values": "d_additional_values"}
-    answer = {name: like(saved[name], gradients[gradient]) for name, gradient in names.items() if name in saved}
+    answer: dict[str, Any] = {
+        name: like(saved[name], gradients[gradient]) for name, gradient in names.items() if name in saved
+    }
     if "dropout_seed" in saved:  # an integer: its gradient has no values
         answer["dropout_seed"] = np.zeros(saved["dropout_seed"].shape, jax.dtypes.float0)
     return (answer,)

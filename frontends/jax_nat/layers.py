@@ -94,7 +94,7 @@ class _NeighborhoodAttention(nnx.Module):
         if rpb is not None and rpb.dtype != qkv.dtype:
             rpb = rpb.astype(jnp.float32)
         drop = self.attn_drop
-        drops = drop.rate > 0 and not drop.deterministic
+        keys = None if drop.rate == 0 or drop.deterministic else drop.rngs
         out = _PACKED[self.rank](
             qkv,
             self.window.kernel_size,
@@ -103,8 +103,8 @@ class _NeighborhoodAttention(nnx.Module):
             is_causal=self.window.is_causal,
             scale=self.scale,
             rpb=rpb,
-            dropout_p=drop.rate if drops else 0.0,
-            dropout_seed=jax.random.bits(drop.rngs(), dtype="uint32") if drops else None,
+            dropout_p=0.0 if keys is None else drop.rate,
+            dropout_seed=None if keys is None else jax.random.bits(keys(), dtype="uint32"),
         )
         return self.proj_drop(self.proj(out.reshape(x.shape)))
 

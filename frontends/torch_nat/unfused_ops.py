@@ -104,8 +104,8 @@ def _kernel(direction: Direction) -> Callable:
 
 
 def _window(kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Window:
-    lists = (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(map(bool, is_causal)))
-    return launch.window_of(len(kernel_size), *lists)
+    causal = tuple(map(bool, is_causal))
+    return launch.window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), causal)
 
 
 def _fake(direction: Direction) -> Callable:
@@ -114,7 +114,8 @@ def _fake(direction: Direction) -> Callable:
 
     def fake(*args: Any) -> Any:
         given = dict(zip(names, args[:count], strict=True))
-        window = Window.of(len(args[count]), *args[count : count + 3], [bool(c) for c in args[count + 3]])
+        kernel_size, stride, dilation, is_causal = args[count : count + 4]
+        window = Window.of(len(kernel_size), kernel_size, stride, dilation, [bool(c) for c in is_causal])
         views = {name: None if t is None else launch.view_of(name, launch.describe(t)) for name, t in given.items()}
         problem, like = unfused_problem_of(direction, window, views), args[0]
         results = [

@@ -13,7 +13,7 @@ from math import ceil, inf, prod
 
 from natcore.planning.build import SPAN, Build, Space, slices_of, sum_partials
 from natcore.planning.plan import Constant, Launch, Param, Plan, Scale, Workspace
-from natcore.problem import RESULTS
+from natcore.problem import RESULTS, Direction
 
 
 def _number(build: Build, value: float) -> Constant:
@@ -119,7 +119,7 @@ def _av_backward(build: Build) -> Plan:
 
 
 #: By direction.
-PLANS: dict[str, Callable[[Build], Plan]] = {
+PLANS: dict[Direction, Callable[[Build], Plan]] = {
     "qk": _qk,
     "qk_backward": _qk_backward,
     "av": _av,

@@ -199,3 +199,15 @@ def test_module_with_attention_dropout():
     np.testing.assert_array_equal(layer(x), layer(x))
     with pytest.raises(ValueError, match=r"drop rate 1.0 must be in \[0, 1\)"):
         jax_nat.NeighborhoodAttention1D(8, 2, 3, attn_drop=1.0, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """Everything above that has a kernel, on JAX's default device."""
+    assert jax.default_backend() == "gpu"
+    for case in SOME:
+        arrays = unfused_inputs(case, "bfloat16")
+        unfused_check(case, "bfloat16", arrays, unfused(case, arrays))
+    for case in DROPOUT_CASES:
+        x = inputs(case, "float32")
+        check(case, "float32", x, with_dropout(case, x, jnp.uint32(case.dropout_seed)))

@@ -80,9 +80,24 @@ def test_projection_dropout_is_active_in_training_only():
     assert torch.equal(layer.eval()(x), layer(x)) and not (layer(x) == 0).any()
 
 
+def test_attention_dropout_is_active_in_training_only():
+    layer, x = torch_nat.NeighborhoodAttention1D(8, 2, 5, attn_drop=0.5), torch.randn(2, 9, 8)
+
+    def run(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return layer(x)
+
+    assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
+    layer.eval()
+    plain = torch_nat.NeighborhoodAttention1D(8, 2, 5)
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(run(0), run(1)) and torch.equal(run(0), plain(x))
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
+        (lambda: torch_nat.NeighborhoodAttention2D(8, 2, 3, attn_drop=1.0), r"attn_drop 1.0 must be in"),
         (lambda: torch_nat.NeighborhoodAttention2D(10, 3, 3), "embed_dim 10 is not divisible by num_heads 3"),
         (lambda: torch_nat.NeighborhoodAttention2D(8, 2, 3, stride=5), "stride 5 > kernel_size 3"),
         (lambda: torch_nat.NeighborhoodAttention2D(8, 2, 7)(torch.zeros(1, 6, 9, 8)), "extent 6 on axis 0"),

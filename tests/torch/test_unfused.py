@@ -245,11 +245,13 @@ class Looking(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def with_seed(case: Case, arrays: dict, monkeypatch, look: bool, packed: bool = False) -> dict[str, np.ndarray]:
+def with_seed(
+    case: Case, arrays: dict, monkeypatch, look: bool, packed: bool = False, device: str = "cpu"
+) -> dict[str, np.ndarray]:
     """A run of a case whose seed is not drawn but given."""
-    seed = to_torch(arrays["dropout_seed"].view(np.int32))
+    seed = to_torch(arrays["dropout_seed"].view(np.int32), device)
     monkeypatch.setattr("torch_nat.functional._draw_seed", lambda p, like: seed)
-    x = tensors_of({n: a for n, a in arrays.items() if n != "dropout_seed"})
+    x = tensors_of({n: a for n, a in arrays.items() if n != "dropout_seed"}, device)
     optional = {name: x[name] for name in OPTIONAL if name in x}
     leading = [x[n] for n in "qkv"]
     if packed:
@@ -294,7 +296,7 @@ def test_dropout_follows_the_generator():
     assert torch.equal(torch.get_rng_state(), state), "no dropout draws nothing"
 
 
-def test_dropout_of_one_is_checkpointed():
+def test_dropout_is_checkpointed():
     """What is computed again in the backward drops the same weights."""
     torch.manual_seed(0)
     q = torch.randn(1, 9, 1, 8, requires_grad=True)
