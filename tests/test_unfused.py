@@ -135,7 +135,9 @@ def test_dropout_on_the_cpu(case: Case, dtype: str):
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(random_case(max_tokens=100), st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
 def test_random_dropout_on_the_cpu(case: Case, p: float, seed: int):
-    case = Case(**{**vars(case), "dropout_p": p, "dropout_seed": seed})
+    # Of a score of exactly 0 the tolerance is 0, too: left to the tests without dropout.
+    changes = {"dropout_p": p, "dropout_seed": seed, "scale": case.scale or None}
+    case = Case(**{**vars(case), **changes})
     arrays = inputs(case, "float64")
     check(case, "float64", arrays, fused(case, arrays))
 
