@@ -21,7 +21,6 @@ CONFIG = NATConfig(
     depths=(2, 2),
     num_heads=(2, 4),
     mlp_ratio=2,
-    drop_path_rate=0.05,
     kernel_size=5,
     dilations=((1, 2), (1, 1)),
     in_chans=1,
@@ -84,7 +83,7 @@ def steps_per_epoch(digits: Digits, size: int) -> int:
 def _warped(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Each image turned, scaled, sheared and shifted a little, by bilinear interpolation; the outside is black."""
     count, side = images.shape[:2]
-    matrix = np.eye(2) + rng.uniform(-0.2, 0.2, (count, 2, 2))
+    matrix = np.eye(2) + rng.uniform(-0.12, 0.12, (count, 2, 2))
     shift = rng.uniform(-2, 2, (count, 2, 1))
     centred = np.indices((side, side)).reshape(2, -1) - (side - 1) / 2
     padded = np.pad(images, ((0, 0), (1, 2), (1, 2)))
