@@ -33,7 +33,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 types: $(READY)
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 compile: $(READY)
 	$(BIN)/python -m natcore compile --check $(addprefix --arch ,$(ARCHS))
