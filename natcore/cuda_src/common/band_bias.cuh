@@ -46,9 +46,10 @@ constexpr int SUMS = DENSE ? GROUPS * QUERY_BLOCKS : QUERY_BLOCKS;
 __device__ constexpr int sum_of(int block, int group) { return DENSE ? group * QUERY_BLOCKS + block : block - group * STEP; }
 
 struct BiasSums {
-  float sum[SUMS][4];
-  int plane, row, rows, count;  // the list's first row relative to the band's, its rows, all its rows; -1: nothing yet
-  int first;                    // row block
+  float sum[SUMS][4] = {};
+  int plane = 0, row = 0, rows = 0;  // the list's first row relative to the band's, its rows
+  int count = -1;                    // all its rows; -1: nothing yet
+  int first = 0;                     // row block
 
   __device__ __forceinline__ void clear() {
 #pragma unroll

@@ -61,8 +61,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   }
 
   BiasSums sums;
-  sums.count = -1;
-  sums.clear();
   float* sums_table = reinterpret_cast<float*>(shared + SUMS_AT) + warp * ENTRIES;
   int at = 0;
 #pragma unroll 1
