@@ -96,12 +96,6 @@ def current(index: int) -> Iterator[None]:
         check(driver().cuCtxPopCurrent(), "cuCtxPopCurrent")
 
 
-def is_current(index: int) -> bool:
-    """Whether this thread's current context is the primary one of the GPU."""
-    error, context = driver().cuCtxGetCurrent()
-    return error == driver().CUresult.CUDA_SUCCESS and int(context) == int(primary_context(index))
-
-
 @lru_cache
 def own_stream(index: int) -> int:
     """A stream of natcore's own on a GPU, for producers that have no current one. Lives as long as the process."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from natcore.device import current, device_count, driver, facts, is_current, prepare_launch
+from natcore.device import current, device_count, driver, facts, prepare_launch, primary_context
 from natcore.errors import CudaError
 from natcore.planning import Config, Constant, Operand, Param, Plan, Scale, Workspace, facts_for_arch, plan_for
 from natcore.problem import Call
@@ -118,7 +118,11 @@ class _Program:
             starts[p], slot = 8 * slot, slot + -(-len(p.data) // 8)
             self._constants.append((starts[p], p.data))
         self._bytes = 8 * slot
-        create = driver().CUfunction
+        module = driver()
+        # What every launch needs, looked up once.
+        self._launch_kernel, self._stream_handle = module.cuLaunchKernel, module.CUstream
+        self._current_context, self._context = module.cuCtxGetCurrent, int(primary_context(device_index))
+        create = module.CUfunction
         self._launches = tuple(
             (create(kernel), launch.grid, launch.block, launch.shared_bytes, tuple(starts[p] for p in launch.params))
             for kernel, launch in zip(loaded.kernels, plan.launches, strict=True)
@@ -143,17 +147,20 @@ class _Program:
             block, launches = self._local.block
         except AttributeError:
             block, launches = self._make_block()
-        scales = [scale * factor for factor in self._factors]
-        self._pack(block, 0, *pointers, *[workspace + offset for offset in self._offsets], *scales)
-        if stream == 0 and not is_current(self._device_index):
+        if self._offsets:
+            pointers = [*pointers, *[workspace + offset for offset in self._offsets]]
+        self._pack(block, 0, *pointers, *[scale * factor for factor in self._factors])
+        if stream == 0:
             # The default stream is the current context's own, so the context must be right.
-            with current(self._device_index):
-                self._launch(launches, 0)
-            return
+            error, context = self._current_context()
+            if error or int(context) != self._context:
+                with current(self._device_index):
+                    self._launch(launches, 0)
+                return
         self._launch(launches, stream)
 
     def _launch(self, launches: list[tuple], stream: int) -> None:
-        launch, stream_handle = driver().cuLaunchKernel, driver().CUstream(stream)
+        launch, stream_handle = self._launch_kernel, self._stream_handle(stream)
         for leading, params, _ in launches:
             (error,) = launch(*leading, stream_handle, params, 0)
             if error:
@@ -163,7 +170,7 @@ class _Program:
         """A thread without a current context, or with another GPU's, gets the right one for this launch."""
         if error.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_INVALID_HANDLE"):
             with current(self._device_index):
-                (error,) = driver().cuLaunchKernel(*leading, stream, params, 0)
+                (error,) = self._launch_kernel(*leading, stream, params, 0)
         if error:
             raise CudaError(f"launching a kernel on cuda:{self._device_index} failed: {error.name}.")
 

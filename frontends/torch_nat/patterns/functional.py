@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from natcore.problem import per_axis
+from natcore.window import per_axis
 from torch_nat.functional import PerAxis, na1d, na2d, na3d
 
 #: What a window that reaches over the border of the map finds there:

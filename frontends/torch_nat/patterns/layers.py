@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from natcore.problem import per_axis
+from natcore.window import per_axis
 from torch_nat.functional import PerAxis
 from torch_nat.layers import NeighborhoodAttention2D
 from torch_nat.patterns.functional import Border, halo_attention, sasa, window_attention
