@@ -11,6 +11,11 @@ from torch_nat.compat.natten.versions import RELEASES, release_of
 
 #: Per version: names that it has and names that it has not, by which old code tells versions apart.
 NAMES = {
+    "0.14.4": (
+        "NeighborhoodAttention functional.natten2dqkrpb functional.natten1dav natten2d.NeighborhoodAttention",
+        "functional.natten2dqk NeighborhoodAttention3D has_cuda",
+    ),
+    "0.14.5": ("NeighborhoodAttention1D functional.natten2dav flops.get_flops", "functional.natten2dqk natten3d"),
     "0.14": (
         "NeighborhoodAttention1D NeighborhoodAttention2D functional.natten2dqkrpb functional.natten1dav "
         "flops.add_natten_handle natten2d.NeighborhoodAttention2D",
@@ -18,29 +23,40 @@ NAMES = {
     ),
     "0.15": (
         "NeighborhoodAttention3D has_cuda enable_tf32 functional.na2d_qk_with_bias functional.natten3dqkrpb "
-        "functional.na3d_av flops.get_flops utils.make_attn_tensor_from_input natten3d.NeighborhoodAttention3D",
+        "functional.na3d_av flops.get_flops utils.make_attn_tensor_from_input natten3d.NeighborhoodAttention3D "
+        "utils.tensor.check_additional_keys utils.typing.NoneType natten1d.NeighborhoodAttention1D",
         "context use_fused_na functional.na2d libnatten types na2d",
     ),
     "0.17": (
         "context use_fused_na has_fused_na functional.na2d functional.na2d_qk functional.natten2dqkrpb na2d natten2d "
-        "types.CausalArg2DType utils.get_num_na_weights experimental.na2d flops.fna_flop_count",
-        "use_flex_attention functional.na2d_qk_with_bias attention HAS_LIBNATTEN modules functional.attention",
+        "types.CausalArg2DType utils.get_num_na_weights experimental.na2d flops.fna_flop_count "
+        "natten1d.NeighborhoodAttention1D natten3d.NeighborhoodAttention3D types.FnaBackwardConfigType",
+        "use_flex_attention flex functional.na2d_qk_with_bias attention HAS_LIBNATTEN modules functional.attention",
     ),
     "0.17.5": (
         "context use_fused_na use_flex_attention functional.na3d_qk context.should_use_flex_attention na1d "
-        "flops.get_flops",
+        "flops.get_flops flex.flex_na2d",
         "functional.natten2dqkrpb functional.natten2dav attention modules",
     ),
-    "0.20": (
+    "0.20.0": (
         "na1d attention merge_attentions HAS_LIBNATTEN modules.NeighborhoodAttention3D context.NattenContext "
         "types.KernelSchedule backends.choose_backend functional.neighborhood_attention_generic utils.checks",
-        "functional.na2d_qk use_fused_na has_cuda natten2d flops utils.varlen attn_merge "
-        "get_bwd_configs_for_cutlass_hopper_fna",
+        "functional.na2d_qk use_fused_na has_cuda natten2d flops utils.varlen attn_merge token_permute "
+        "backends.can_run_cutlass_fna get_bwd_configs_for_cutlass_hopper_fna",
+    ),
+    "0.20": (
+        "na1d attention modules.NeighborhoodAttentionGeneric backends.can_run_cutlass_fna utils.testing",
+        "functional.na2d_qk use_fused_na utils.varlen utils.dtype get_bwd_configs_for_cutlass_hopper_fna",
+    ),
+    "0.21.1": (
+        "na1d attention get_bwd_configs_for_cutlass_hopper_fna backends.can_run_flex_attention utils.dtype.is_fp8",
+        "functional.na2d_qk use_fused_na utils.varlen token_permute",
     ),
     "0.21": (
         "na1d attention HAS_LIBNATTEN _environment.HAS_LIBNATTEN modules.NeighborhoodAttentionGeneric attn_merge "
         "utils.varlen.generate_varlen_parameters get_bwd_configs_for_cutlass_hopper_fna "
-        "backends.configs.checks.can_run_cutlass_fna utils.testing.supports_bfloat16",
+        "backends.configs.checks.can_run_cutlass_fna utils.testing.supports_bfloat16 attn_merge.merge_attentions "
+        "backends.na2d_flex backends.reference.na3d_reference token_permute.token_permute_operation utils.tensor",
         "functional.natten2dqkrpb functional.na2d_qk has_cuda use_fused_na natten2d flops libnatten profiler",
     ),
 }
@@ -178,6 +194,6 @@ assert install() is False and not hasattr(sys.modules["natten"], "na2d")
 
 def test_versions():
     assert {"0.14", "0.15", "0.17", "0.17.5", "0.20", "0.21"} <= set(RELEASES)
-    for version in ("0.16", "0.21.0", "1"):
+    for version in ("0.16", "0.21.2", "1"):
         with pytest.raises(ValueError, match=r"0\.20"):
             release_of(version)

@@ -1,4 +1,4 @@
-"""Modules, FLOP counters, switches and helpers that NATTEN removed, and all of 0.20, against the float64 reference."""
+"""Modules, FLOP counters, switches and helpers that NATTEN removed, against the float64 reference."""
 
 from collections.abc import Callable
 from math import prod
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from natcore import reference
 from natcore.problem import Window
-from torch_nat.compat.natten import v0_14, v0_15, v0_17, v0_17_5, v0_20
+from torch_nat.compat.natten import v0_14, v0_15, v0_17, v0_17_5
 from torch_nat.compat.natten.v0_14 import flops as flops_0_14
 from torch_nat.compat.natten.v0_17 import flops as flops_0_17
 
@@ -206,29 +206,3 @@ def test_utils_of_old_releases():
             utils.check_additional_keys(*bad)
     with pytest.raises(ValueError):
         utils.check_additional_values(attn, extra, q, 9)
-
-
-def test_0_20():
-    """stride comes before dilation; attention's fourth argument is the scale; no LSE comes back."""
-    q = torch.randn(1, 8, 9, 2, 8, dtype=torch.float64)
-    window = Window.of(2, 4, 2, (1, 2), (True, False))
-    expected, _ = reference.forward(q.numpy(), q.numpy(), q.numpy(), window, scale=0.3)
-    out = v0_20.na2d(q, q, q, 4, 2, (1, 2), (True, False), 0.3)
-    np.testing.assert_allclose(out.numpy(), expected, rtol=0, atol=1e-12)
-    with pytest.raises(TypeError):
-        v0_20.na2d(q, q, q, 4, return_lse=True)
-    with pytest.raises(ValueError):
-        v0_20.na1d(q, q, q, 4)
-    torch.testing.assert_close(v0_20.na2d(q, q, q, 4, try_fuse_additional_kv=True), v0_20.na2d(q, q, q, 4))
-    x = q.flatten(1, 2)
-    out, lse = v0_20.attention(x, x, x, 0.3, return_lse=True)
-    plain, plain_lse = reference.forward(*[x.numpy()] * 3, Window.of(1, 72), scale=0.3)
-    np.testing.assert_allclose(out.numpy(), plain, rtol=0, atol=1e-12)
-    halves = [v0_20.attention(x, x[:, part], x[:, part], 0.3, return_lse=True) for part in (slice(30), slice(30, 72))]
-    merged = v0_20.merge_attentions(*(list(pair) for pair in zip(*halves, strict=True)), torch_compile=False)
-    np.testing.assert_allclose(merged.numpy(), plain, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(lse.numpy(), plain_lse, rtol=0, atol=1e-12)
-    layer = v0_20.NeighborhoodAttention2D(dim=16, num_heads=2, kernel_size=3, stride=2)
-    assert layer(torch.randn(1, 6, 6, 16)).shape == (1, 6, 6, 16) and layer.stride == (2, 2)
-    assert v0_20.get_configs_for_cutlass_fna(q) == [] and v0_20.backends.choose_backend(q, False) == "cutlass-fna"
-    assert v0_20.backends.choose_fmha_backend(x, torch_compile=False) == "cutlass-fmha"

@@ -30,7 +30,8 @@ def install(version: str = "0.21", force: bool = False) -> bool:
     Transformers' Dinat is repaired when it is imported, which must therefore come afterwards.
 
     Args:
-        version: "0.21", "0.20", "0.17" (0.17.4: the last with natten2dqkrpb), "0.17.5", "0.15", "0.14".
+        version: "0.21", "0.20", "0.17" (0.17.4: the last with natten2dqkrpb), "0.17.5", "0.15", "0.14" or a
+            release between them; docs/migration.md lists what sets them apart.
         force: cover a real natten, and replace an interface of another version.
 
     Returns:

@@ -51,12 +51,16 @@ class LegacyNeighborhoodAttention(nn.Module):
         """kernel_size, dilation and is_causal, one entry per axis."""
         raise NotImplementedError
 
+    def _window_on(self, spatial: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+        """The window on a map of that size; of another size nowhere but in 0.14.4."""
+        return self._window()
+
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, *spatial, dim]`` to the same shape."""
         if x.dim() != self.rank + 2:
             raise ValueError(f"input has shape {tuple(x.shape)}; expected {self.rank + 2} axes, channels last.")
-        kernel_size, dilation, is_causal = self._window()
-        spatial = x.shape[1:-1]
+        spatial = tuple(x.shape[1:-1])
+        kernel_size, dilation, is_causal = self._window_on(spatial)
         if self.pads:
             x = _padded(x, [k * d for k, d in zip(kernel_size, dilation, strict=True)])
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))

@@ -1,5 +1,7 @@
 """Type aliases."""
 
+from torch import Tensor
+
 from torch_nat.compat.natten.v0_21.types import (
     CausalArg1DType,
     CausalArg1DTypeOrDed,
@@ -16,8 +18,17 @@ from torch_nat.compat.natten.v0_21.types import (
     Dimension3DTypeOrDed,
     DimensionType,
     NoneType,
+    QKTileShapeType,
 )
 from torch_nat.compat.natten.v0_21.utils.tuples import create_causal_arg_from_bool, create_dim_from_int
+
+FnaTileShapeType = FnaForwardConfigType = QKTileShapeType
+FnaBackwardConfigType = (
+    tuple[Dimension1DType, Dimension1DType, Dimension1DType, bool]
+    | tuple[Dimension2DType, Dimension2DType, Dimension2DType, bool]
+    | tuple[Dimension3DType, Dimension3DType, Dimension3DType, bool]
+)
+ListOrNestedTensor = list | Tensor
 
 __all__ = [
     "CausalArg1DType",
@@ -34,6 +45,10 @@ __all__ = [
     "Dimension3DType",
     "Dimension3DTypeOrDed",
     "DimensionType",
+    "FnaBackwardConfigType",
+    "FnaForwardConfigType",
+    "FnaTileShapeType",
+    "ListOrNestedTensor",
     "NoneType",
     "create_causal_arg_from_bool",
     "create_dim_from_int",

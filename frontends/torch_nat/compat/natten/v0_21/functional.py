@@ -12,8 +12,7 @@ from torch_nat.compat.natten import _arguments as arguments
 from torch_nat.compat.natten._attention import attend, attend_packed
 from torch_nat.compat.natten._merging import merge_attentions
 from torch_nat.compat.natten.v0_21.types import KernelSchedule
-from torch_nat.compat.natten.v0_21.utils.checks import check_kernel_schedule, fmha_tensor_checks
-from torch_nat.compat.natten.v0_21.utils.varlen import check_vector, generate_varlen_parameters
+from torch_nat.compat.natten.v0_21.utils.checks import check_kernel_schedule, fmha_tensor_checks, varlen_tensor_checks
 
 __all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
 
@@ -81,32 +80,13 @@ def attention(
     arguments.check_dense((query, key, value))
     fmha_tensor_checks(query, key, value)
     packed = (cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV)
-    lengths = _packing(query, key, value, (seqlens_Q, seqlens_KV), packed)
-    if lengths is None:
+    *cumulative, longest_q, longest_kv = varlen_tensor_checks(query, key, value, seqlens_Q, seqlens_KV, *packed)
+    if cumulative[0] is None:
         out, lse = attend(query, key, value, is_causal, scale, return_lse)
     else:
-        out, lse = attend_packed(query, key, value, lengths[:2], lengths[2:], is_causal, scale, return_lse)
+        longest = (longest_q, longest_kv)
+        out, lse = attend_packed(query, key, value, tuple(cumulative), longest, is_causal, scale, return_lse)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
-
-
-def _packing(query: Tensor, key: Tensor, value: Tensor, seqlens: tuple, packed: tuple) -> tuple | None:
-    """The cumulative and the longest lengths, or None where each batch entry is one sequence."""
-    if any(x is not None for x in seqlens):
-        return generate_varlen_parameters(query, key, value, *seqlens)
-    *cumulative, longest_q, longest_kv = packed
-    if all(x is None for x in cumulative) and not longest_q and not longest_kv:
-        return None
-    if any(x is None for x in packed):
-        raise ValueError("cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q and max_seqlen_KV go together.")
-    for name, boundaries in zip(("cumulative_seqlen_Q", "cumulative_seqlen_KV"), cumulative, strict=True):
-        check_vector(name, boundaries, query, 2)
-    if len(cumulative[0]) != len(cumulative[1]):
-        raise ValueError(f"cumulative_seqlen_Q and _KV have {len(cumulative[0])} and {len(cumulative[1])} entries.")
-    if type(longest_q) is not int or type(longest_kv) is not int:
-        raise ValueError(f"max_seqlen_Q {longest_q!r} and max_seqlen_KV {longest_kv!r} must be int.")
-    if query.shape[0] != 1:
-        raise ValueError(f"sequences are packed along one sequence: the batch must be 1, not {query.shape[0]}.")
-    return packed
 
 
 def neighborhood_attention_generic(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from torch_nat.compat.natten.legacy.hardware import has_fna
+from torch_nat.compat.natten.legacy.hardware import get_device_cc, has_fna
 from torch_nat.compat.natten.v0_15.utils.testing import (
     skip_if_cuda_is_not_supported,
     skip_if_gemm_does_not_support_double_precision,
@@ -24,6 +24,8 @@ __all__ = [
     "skip_if_gemm_is_not_supported",
     "skip_if_nested_is_not_supported",
     "skip_if_torch_compile_is_not_supported",
+    "skip_if_torch_flop_count_is_not_supported",
+    "skip_if_triton_is_not_supported",
 ]
 
 
@@ -39,10 +41,18 @@ def skip_if_torch_compile_is_not_supported() -> Callable:
     return skip_unless(lambda: True, "")
 
 
+def skip_if_torch_flop_count_is_not_supported() -> Callable:
+    return skip_unless(lambda: True, "")
+
+
+def skip_if_triton_is_not_supported() -> Callable:
+    return skip_unless(lambda: get_device_cc() >= 70, "Triton needs a GPU of compute capability 7.0.")
+
+
 def skip_if_fvcore_is_not_available() -> Callable:
     return skip_unless(lambda: find_spec("fvcore") is not None, "fvcore is not installed.")
 
 
-def fna_supports_additional_kv() -> bool:
-    """Without xFormers too."""
+def fna_supports_additional_kv(head_dim: int | None = None, device_index: int | None = None) -> bool:
+    """On every GPU, for every head_dim, without xFormers too. (0.17.4 asked without arguments, 0.17.5 with them.)"""
     return True

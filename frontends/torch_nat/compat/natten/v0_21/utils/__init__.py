@@ -6,9 +6,10 @@ from torch_nat.compat.natten.v0_21.utils import (
     dtype,
     environment,
     log,
+    tensor,
     testing,
     tuples,
     varlen,
 )
 
-__all__ = ["checks", "device", "dtype", "environment", "log", "testing", "tuples", "varlen"]
+__all__ = ["checks", "device", "dtype", "environment", "log", "tensor", "testing", "tuples", "varlen"]

@@ -1,0 +1,3 @@
+"""A type that old Python did not name."""
+
+NoneType = type(None)

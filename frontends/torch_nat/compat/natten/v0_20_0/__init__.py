@@ -1,0 +1,66 @@
+"""The interface of NATTEN 0.20.0, answered by torch_nat. See `torch_nat.compat.natten`."""
+
+from torch_nat.compat.natten.v0_20 import *  # noqa: F403
+from torch_nat.compat.natten.v0_20_0 import backends, modules
+from torch_nat.compat.natten.v0_20_0.backends import (
+    get_bwd_configs_for_cutlass_fmha,
+    get_bwd_configs_for_cutlass_fna,
+    get_configs_for_cutlass_blackwell_fmha,
+    get_configs_for_cutlass_blackwell_fna,
+    get_configs_for_cutlass_fmha,
+    get_configs_for_cutlass_fna,
+    get_configs_for_cutlass_hopper_fmha,
+    get_configs_for_cutlass_hopper_fna,
+    get_configs_for_flex_fmha,
+    get_configs_for_flex_fna,
+)
+from torch_nat.compat.natten.v0_20_0.modules import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
+from torch_nat.compat.natten.v0_20_0.version import __version__
+
+__all__ = [  # noqa: F405
+    "HAS_LIBNATTEN",
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "__version__",
+    "allow_flex_compile",
+    "allow_flex_compile_backprop",
+    "are_deterministic_algorithms_enabled",
+    "attention",
+    "backends",
+    "context",
+    "disable_flex_compile",
+    "disable_flex_compile_backprop",
+    "functional",
+    "get_bwd_configs_for_cutlass_fmha",
+    "get_bwd_configs_for_cutlass_fna",
+    "get_configs_for_cutlass_blackwell_fmha",
+    "get_configs_for_cutlass_blackwell_fna",
+    "get_configs_for_cutlass_fmha",
+    "get_configs_for_cutlass_fna",
+    "get_configs_for_cutlass_hopper_fmha",
+    "get_configs_for_cutlass_hopper_fna",
+    "get_configs_for_flex_fmha",
+    "get_configs_for_flex_fna",
+    "get_memory_usage_preference",
+    "is_flex_compile_allowed",
+    "is_flex_compile_backprop_allowed",
+    "is_kv_parallelism_in_fused_na_enabled",
+    "is_memory_usage_default",
+    "is_memory_usage_strict",
+    "is_memory_usage_unrestricted",
+    "merge_attentions",
+    "modules",
+    "na1d",
+    "na2d",
+    "na3d",
+    "set_memory_usage_preference",
+    "types",
+    "use_deterministic_algorithms",
+    "use_kv_parallelism_in_fused_na",
+    "utils",
+]
