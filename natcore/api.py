@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from natcore.arrays import Borrowed
 from natcore.planning import Config
-from natcore.problem import OPERANDS, Gradients, check_packed
-from natcore.session import Session, run, window_arguments
-from natcore.views import ITEM_SIZES
+from natcore.problem import OPERANDS, RESULTS, Gradients
+from natcore.session import Session
+from natcore.window import window_of
 
 PerAxis = int | Sequence[int]
 PerAxisFlag = bool | Sequence[bool]
@@ -21,22 +20,14 @@ _INPUTS = OPERANDS["forward"][:6]
 _GRADIENTS = Gradients._fields
 
 
-def _split_packed(rank: int, packed: Borrowed) -> tuple[Borrowed, ...]:
-    """q, k and v as views inside qkv [batch, *spatial, 3, heads, head_dim]."""
-    view = packed.described
-    check_packed(rank, view.shape)
-    part = view._replace(shape=(*view.shape[:-3], *view.shape[-2:]), strides=(*view.strides[:-3], *view.strides[-2:]))
-    step = view.strides[-3] * ITEM_SIZES.get(view.dtype, 0)
-    return tuple([Borrowed(packed.ptr + i * step, part, packed.read_only, packed.keep) for i in range(3)])
-
-
-def _forward(session, window, inputs, scale, return_lse, out, config, dropout):
-    """Shared by the plain and the packed entry; ``inputs`` is what was read of OPERANDS up to the seed."""
-    target = session.read("out", out)
-    if target is not None and target.read_only:
-        raise ValueError("out is read-only memory (JAX arrays always are); pass a writable array or None.")
-    operands = (*inputs, session.seed(*dropout), target, None)
-    results = run(session, "forward", window, operands, scale, config, dropout[0])
+def _forward(arrays, extras, window, scale, return_lse, dropout, out, config, stream):
+    """``arrays``: q, k and v, or (qkv,)."""
+    names = _INPUTS[:3] if len(arrays) == 3 else ("qkv",)
+    session = Session(names[0], arrays[0], stream)
+    session.read((*names, *_INPUTS[3:]), (*arrays, *extras))
+    session.seed(*dropout)
+    session.read(RESULTS["forward"], (out, None))
+    results = session.run("forward", window, scale, config, dropout[0], None if return_lse else "lse")
     answer = results[-2] if out is None else out
     return (answer, results[-1]) if return_lse else answer
 
@@ -48,11 +39,12 @@ def _make_forward(rank: int):
         additional_values: Any = None, return_lse: bool = False, dropout_p: float = 0.0,
         dropout_seed: int | None = None, out: Any = None, config: Config | None = None, stream: Any = None,
     ) -> Any:  # fmt: skip
-        session = Session.of("q", q, stream)
-        given = zip(_INPUTS, (q, k, v, rpb, additional_keys, additional_values), strict=True)
-        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
-        inputs = [session.read(name, array) for name, array in given]
-        return _forward(session, window, inputs, scale, return_lse, out, config, (dropout_p, dropout_seed))
+        window, extras = (
+            window_of(rank, kernel_size, stride, dilation, is_causal),
+            (rpb, additional_keys, additional_values),
+        )
+        dropout = (dropout_p, dropout_seed)
+        return _forward((q, k, v), extras, window, scale, return_lse, dropout, out, config, stream)
 
     return documented(attend, f"na{rank}d", _FORWARD_DOC, rank)
 
@@ -64,12 +56,12 @@ def _make_packed(rank: int):
         additional_values: Any = None, return_lse: bool = False, dropout_p: float = 0.0,
         dropout_seed: int | None = None, out: Any = None, config: Config | None = None, stream: Any = None,
     ) -> Any:  # fmt: skip
-        session = Session.of("qkv", qkv, stream)
-        given = zip(_INPUTS[3:], (rpb, additional_keys, additional_values), strict=True)
-        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
-        packed = session.kind.read("qkv", qkv, session.stream)
-        inputs = [*_split_packed(rank, packed), *[session.read(name, array) for name, array in given]]
-        return _forward(session, window, inputs, scale, return_lse, out, config, (dropout_p, dropout_seed))
+        window, extras = (
+            window_of(rank, kernel_size, stride, dilation, is_causal),
+            (rpb, additional_keys, additional_values),
+        )
+        dropout = (dropout_p, dropout_seed)
+        return _forward((qkv,), extras, window, scale, return_lse, dropout, out, config, stream)
 
     return documented(attend, f"na{rank}d_qkvpacked", _PACKED_DOC, rank)
 
@@ -81,15 +73,16 @@ def _make_backward(rank: int):
         additional_keys: Any = None, additional_values: Any = None, d_lse: Any = None, dropout_p: float = 0.0,
         dropout_seed: int | None = None, config: Config | None = None, stream: Any = None,
     ) -> Gradients:  # fmt: skip
-        session = Session.of("q", q, stream)
         arrays = (d_out, q, k, v, out, lse, d_lse, rpb, additional_keys, additional_values)
         for name, array in (("d_out", d_out), ("out", out), ("lse", lse)):
             if array is None:
                 raise ValueError(f"{name} is None; the backward needs it (call na{rank}d with return_lse=True).")
-        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
-        inputs = [session.read(name, array) for name, array in zip(OPERANDS["backward"], arrays, strict=False)]
-        operands = (*inputs, session.seed(dropout_p, dropout_seed), *[None] * len(_GRADIENTS))
-        results = run(session, "backward", window, operands, scale, config, dropout_p)
+        window = window_of(rank, kernel_size, stride, dilation, is_causal)
+        session = Session("q", q, stream)
+        session.read(OPERANDS["backward"][: len(arrays)], arrays)
+        session.seed(dropout_p, dropout_seed)
+        session.skip(len(_GRADIENTS))
+        results = session.run("backward", window, scale, config, dropout_p)
         return Gradients(*results[-len(_GRADIENTS) :])
 
     return documented(differentiate, f"na{rank}d_backward", _BACKWARD_DOC, rank)

@@ -7,21 +7,23 @@ from typing import Any
 from natcore.api import PerAxis, PerAxisFlag, documented
 from natcore.planning import Config
 from natcore.problem import OPERANDS, RESULTS, Direction
-from natcore.session import Session, run, window_arguments
+from natcore.session import Session
 from natcore.unfused import AVGradients, QKGradients
+from natcore.window import Window, window_of
 
 
 def _call(
-    direction: Direction, arrays: tuple, window: tuple, scale: float, config: Config | None, stream: Any
+    direction: Direction, arrays: tuple, window: Window, scale: float, config: Config | None, stream: Any
 ) -> list[Any]:
     """The results of a call on its inputs, in the order of OPERANDS."""
     names, number = OPERANDS[direction], len(RESULTS[direction])
     for name, array in zip(names, arrays, strict=False):
         if array is None and name != "rpb" and not name.startswith("additional"):
             raise ValueError(f"{name} is None; it is required.")
-    session = Session.of(names[0], arrays[0], stream)
-    operands = [session.read(name, array) for name, array in zip(names, arrays, strict=False)]
-    return run(session, direction, window, (*operands, *[None] * number), scale, config)[-number:]
+    session = Session(names[0], arrays[0], stream)
+    session.read(names[: len(arrays)], arrays)
+    session.skip(number)
+    return session.run(direction, window, scale, config)[-number:]
 
 
 def _make_qk(rank: int):
@@ -30,7 +32,7 @@ def _make_qk(rank: int):
         is_causal: PerAxisFlag = False, scale: float = 1.0, rpb: Any = None, additional_keys: Any = None,
         config: Config | None = None, stream: Any = None,
     ) -> Any:  # fmt: skip
-        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
+        window = window_of(rank, kernel_size, stride, dilation, is_causal)
         return _call("qk", (q, k, rpb, additional_keys), window, scale, config, stream)[0]
 
     return documented(scores, f"na{rank}d_qk", _QK_DOC, rank)
@@ -42,7 +44,7 @@ def _make_qk_backward(rank: int):
         is_causal: PerAxisFlag = False, scale: float = 1.0, rpb: Any = None, additional_keys: Any = None,
         config: Config | None = None, stream: Any = None,
     ) -> QKGradients:  # fmt: skip
-        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
+        window = window_of(rank, kernel_size, stride, dilation, is_causal)
         arrays = (d_scores, q, k, rpb, additional_keys)
         return QKGradients(*_call("qk_backward", arrays, window, scale, config, stream))
 
@@ -55,7 +57,7 @@ def _make_av(rank: int):
         is_causal: PerAxisFlag = False, additional_values: Any = None, config: Config | None = None,
         stream: Any = None,
     ) -> Any:  # fmt: skip
-        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
+        window = window_of(rank, kernel_size, stride, dilation, is_causal)
         return _call("av", (weights, v, additional_values), window, 1.0, config, stream)[0]
 
     return documented(sums, f"na{rank}d_av", _AV_DOC, rank)
@@ -67,7 +69,7 @@ def _make_av_backward(rank: int):
         is_causal: PerAxisFlag = False, additional_values: Any = None, config: Config | None = None,
         stream: Any = None,
     ) -> AVGradients:  # fmt: skip
-        window = window_arguments(rank, kernel_size, stride, dilation, is_causal)
+        window = window_of(rank, kernel_size, stride, dilation, is_causal)
         arrays = (d_out, weights, v, additional_values)
         return AVGradients(*_call("av_backward", arrays, window, 1.0, config, stream))
 

@@ -1,7 +1,7 @@
 """The kinds of array that come and go through the public door: how each is read and made.
 
 Frameworks are looked up in ``sys.modules`` and never imported: whoever hands us a torch tensor has
-imported torch. `Borrowed` carries what must stay alive during the call.
+imported torch.
 """
 
 from __future__ import annotations
@@ -9,21 +9,31 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from natcore import dlpack
 from natcore.views import ITEM_SIZES, Device, View
 
+#: All that is to be known of an array but its address, as its library says it: a function, and what that
+#: function takes after the operand's name to give the View (with address 0) and whether it is read-only.
+#: Signatures are cheap and hashable: a repeated call is looked up by those of its operands.
+Signature = tuple[Any, ...]
 
-class Borrowed(NamedTuple):
-    """An array being read or written during one call."""
+#: An array during one call: its address, its signature, and what keeps its memory alive.
+Borrowed = tuple[int, Signature, Any]
 
-    ptr: int
-    described: View  # its ptr is 0, so that it serves as a cache key
-    read_only: bool
-    keep: Any  # keeps the memory alive
+
+def described(name: str, signature: Signature) -> tuple[View, bool]:
+    """What a signature says of the operand ``name``: its view, and whether it is read-only."""
+    describe, *details = signature
+    return describe(name, *details)
+
+
+def known(name: str, view: View, read_only: bool) -> tuple[View, bool]:
+    """The describing function of what is a View already."""
+    return view, read_only
 
 
 class Kind(Protocol):
@@ -31,13 +41,13 @@ class Kind(Protocol):
 
     def device(self, name: str, array: Any) -> Device: ...
 
-    def read(self, name: str, array: Any, stream: int | None) -> Borrowed:
-        """``stream`` is where the work will run, None on the CPU; the producer's pending work on
-        another stream is waited for."""
+    def read(self, name: str, array: Any, stream: int | None, foreign: bool) -> Borrowed:
+        """``stream`` is where the work will run, None on the CPU, and ``foreign`` says whether that may be
+        another than the library's current one: then the producer's pending work is waited for."""
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> Any:
-        """Uninitialised row-major memory on ``like``'s device, for use on ``stream``."""
+        """Uninitialised row-major memory on ``like``'s device, for use on ``stream`` (None: the current one)."""
         ...
 
     def address(self, fresh: Any) -> int:
@@ -59,11 +69,12 @@ class _DLPackKind:
     """What all producers share. Subclasses say how their arrays are made."""
 
     library: str
+    immutable = False  # whether nothing may ever be written
 
     def device(self, name: str, array: Any) -> Device:
         return dlpack.device_of(name, array)
 
-    def read(self, name: str, array: Any, stream: int | None) -> Borrowed:
+    def read(self, name: str, array: Any, stream: int | None, foreign: bool) -> Borrowed:
         if getattr(array, "requires_grad", False) is True:
             raise ValueError(
                 f"{name} requires grad, and natcore on raw arrays records no gradients: call torch_nat "
@@ -72,7 +83,7 @@ class _DLPackKind:
         # DLPack numbers CUDA's legacy default stream 1; its 0 is ambiguous and forbidden.
         capsule = dlpack.export(array, 1 if stream == 0 else stream)
         view, read_only = dlpack.view(capsule, self.device(name, array))
-        return Borrowed(view.ptr, view._replace(ptr=0), read_only, capsule)
+        return view.ptr, (known, view._replace(ptr=0), read_only or self.immutable), capsule
 
     def current_stream(self, device: Device) -> int:
         raise NotImplementedError(
@@ -90,9 +101,9 @@ class NumPyKind(_DLPackKind):
     def device(self, name: str, array: Any) -> Device:
         return Device("cpu")
 
-    def read(self, name: str, array: np.ndarray, stream: int | None) -> Borrowed:
+    def read(self, name: str, array: np.ndarray, stream: int | None, foreign: bool) -> Borrowed:
         address, read_only = array.__array_interface__["data"]
-        return Borrowed(address, _describe_numpy(name, array.shape, array.strides, array.dtype), read_only, array)
+        return address, (_describe_numpy, array.shape, array.strides, array.dtype, read_only), array
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> np.ndarray:
         return np.empty(shape, like.dtype if like.dtype.name == dtype else np.dtype(dtype))
@@ -104,13 +115,15 @@ class NumPyKind(_DLPackKind):
         return fresh.__array_interface__["data"][0]
 
 
-@lru_cache(maxsize=4096)
-def _describe_numpy(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> View:
+def _describe_numpy(
+    name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, read_only: bool
+) -> tuple[View, bool]:
     if not dtype.isnative:
         raise ValueError(f"{name} has byte order {dtype.str}; natcore reads native order: use {name}.astype(...).")
     if any(stride % dtype.itemsize for stride in strides):
         raise ValueError(f"{name} has strides of {strides} bytes, not multiples of its {dtype.itemsize}-byte items.")
-    return View(0, shape, tuple(stride // dtype.itemsize for stride in strides), dtype.name, Device("cpu"))
+    elements = tuple(stride // dtype.itemsize for stride in strides)
+    return View(0, shape, elements, dtype.name, Device("cpu")), read_only
 
 
 class TorchKind(_DLPackKind):
@@ -124,18 +137,19 @@ class TorchKind(_DLPackKind):
     def device(self, name: str, array: Any) -> Device:
         return _torch_device(name, array.device)
 
-    def read(self, name: str, array: Any, stream: int | None) -> Borrowed:
-        described = _describe_torch(name, array.shape, array.stride(), array.dtype, array.device)
-        foreign = stream is not None and stream != self._current_stream(described.device.index)
-        if foreign or array.requires_grad or array.is_neg():
-            return super().read(name, array, stream)  # synchronises, refuses or resolves
-        return Borrowed(array.data_ptr(), described, False, array)
+    def read(self, name: str, array: Any, stream: int | None, foreign: bool) -> Borrowed:
+        if array.requires_grad or array.is_neg() or (foreign and self._is_foreign(name, array, stream)):
+            return super().read(name, array, stream, foreign)  # refuses or synchronises
+        return array.data_ptr(), (_describe_torch, array.shape, array.stride(), array.dtype, array.device), array
+
+    def _is_foreign(self, name: str, array: Any, stream: int | None) -> bool:
+        return stream is not None and stream != self._current_stream(self.device(name, array).index)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> Any:
-        if stream is None or stream == self._current_stream(device.index):
-            return self._torch.empty(shape, dtype=self._dtypes[dtype], device=like.device)
-        with self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream, device.index)):
-            return self._torch.empty(shape, dtype=self._dtypes[dtype], device=like.device)
+        if stream is not None and stream != self._current_stream(device.index):
+            with self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream, device.index)):
+                return like.new_empty(shape, dtype=self._dtypes[dtype])
+        return like.new_empty(shape, dtype=self._dtypes[dtype])
 
     def namespace(self, like: Any) -> Any:
         return self._torch
@@ -154,9 +168,8 @@ def _torch_device(name: str, device: Any) -> Device:
     return Device(device.type, device.index or 0)
 
 
-@lru_cache(maxsize=4096)
-def _describe_torch(name: str, shape: Any, strides: tuple[int, ...], dtype: Any, device: Any) -> View:
-    return View(0, tuple(shape), strides, str(dtype).removeprefix("torch."), _torch_device(name, device))
+def _describe_torch(name: str, shape: Any, strides: tuple[int, ...], dtype: Any, device: Any) -> tuple[View, bool]:
+    return View(0, tuple(shape), strides, str(dtype).removeprefix("torch."), _torch_device(name, device)), False
 
 
 class CuPyKind(_DLPackKind):
@@ -187,6 +200,7 @@ class JaxKind(_DLPackKind):
     own, JAX waits on it for its inputs, and results are complete before JAX sees them."""
 
     library = "jax"
+    immutable = True
 
     def __init__(self, jax: Any):
         self._jax = jax
@@ -195,10 +209,6 @@ class JaxKind(_DLPackKind):
         if isinstance(array, self._jax.core.Tracer):
             raise TypeError(f"{name} is traced by JAX; under jit, grad or vmap call jax_nat instead of natcore.")
         return super().device(name, array)
-
-    def read(self, name: str, array: Any, stream: int | None) -> Borrowed:
-        borrowed = super().read(name, array, stream)
-        return borrowed._replace(read_only=True)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Any, device: Device, stream: int | None) -> Any:
         fresh = self._jax.numpy.empty(shape, dtype, device=next(iter(like.devices())))
