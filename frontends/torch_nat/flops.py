@@ -5,8 +5,8 @@
 The convention is fvcore's, in which the NAT and DiNAT papers and their published code give "FLOPs": one
 per multiply-add of matrix products, convolutions and attention (scores and weighted sums, every window
 counted whole), biases of layers not at all, one per addition of the relative positional bias, five per
-element of an affine norm, one per element that average pooling reads. Activations, softmax and residual
-connections count nothing.
+element of an affine norm, one per element that average pooling reads, one per element that nearest resizing
+writes and four where it is bilinear. Activations, softmax, residual connections and RoIAlign count nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from natcore.models import MODELS
 from torch_nat.models import create_model
 
 Counts = dict[str, int]
-KINDS = ("linear", "convolution", "attention", "rpb", "norm", "pool")
+KINDS = ("linear", "convolution", "attention", "rpb", "norm", "pool", "resize")
 _aten = torch.ops.aten
 
 
 def count(model: nn.Module, *inputs: Tensor) -> Counts:
-    """Multiply-accumulates of ``model(*inputs)``: "linear", "convolution", "attention", "rpb", "norm", "pool".
+    """Multiply-accumulates of ``model(*inputs)`` by kind, one entry for each of KINDS.
 
     Model and inputs may be on the meta device, where nothing is computed. The model runs in the mode
     (training or evaluation) that it is in.
@@ -138,6 +138,11 @@ def _pool(args: Sequence[Any], out: Tensor) -> Counts:
     return {"pool": args[0].numel()}
 
 
+def _resize(terms: int) -> Callable[[Sequence[Any], Any], Counts]:
+    """``terms`` elements of the input for each of the output."""
+    return lambda args, out: {"resize": terms * out.numel()}
+
+
 #: By operation: from its arguments and its result to counts.
 _RULES: dict[Any, Callable[[Sequence[Any], Any], Counts]] = {
     _aten.mm: _product(0),
@@ -151,6 +156,8 @@ _RULES: dict[Any, Callable[[Sequence[Any], Any], Counts]] = {
     _aten.cudnn_batch_norm: _batch_norm,
     _aten.mean: _pool,
     _aten._adaptive_avg_pool2d: _pool,
+    _aten.upsample_nearest2d: _resize(1),
+    _aten.upsample_bilinear2d: _resize(4),
     _aten._scaled_dot_product_flash_attention: _dense_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu: _dense_attention,
     _aten._scaled_dot_product_efficient_attention: _dense_attention,
@@ -162,6 +169,13 @@ _RULES: dict[Any, Callable[[Sequence[Any], Any], Counts]] = {
 }
 
 
+def print_counts(counts: Counts) -> None:
+    """A line for each kind and two for totals."""
+    total = sum(counts.values())
+    for kind, macs in (counts | {"total": total, "total without norms": total - counts["norm"]}).items():
+        print(f"{kind:20}{macs:>20,}{macs / 1e9:>10.3f} G")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m torch_nat.flops", description="Multiply-accumulates of a model.")
     parser.add_argument("model", choices=MODELS, metavar="model", help=", ".join(MODELS))
@@ -170,10 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = count_named(options.model, options.size)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in create_model(options.model).parameters())
-    total = sum(counts.values())
     print(f"{options.model}, one image of {options.size} x {options.size}, {parameters:,} parameters")
-    for kind, macs in (counts | {"total": total, "total without norms": total - counts["norm"]}).items():
-        print(f"{kind:20}{macs:>20,}{macs / 1e9:>10.3f} G")
+    print_counts(counts)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ def test_closed_form_of_one_stage(name: str, keys: int):
         "rpb": depth * tokens * 12 * keys,
         "norm": 5 * tokens * width * (2 + 2 * depth),
         "pool": tokens * width,
+        "resize": 0,
     }
 
 
@@ -63,6 +64,8 @@ def test_other_operations():
     assert flops.count(conv.train(), x)["norm"] == 5 * 2 * 9 * 8
     assert flops.count(nn.GroupNorm(2, 4, affine=False), x)["norm"] == 4 * x.numel()
     assert flops.count(nn.AdaptiveAvgPool2d(2), x)["pool"] == x.numel()
+    assert flops.count(nn.Upsample(scale_factor=2), x)["resize"] == 4 * x.numel()
+    assert flops.count(nn.Upsample(scale_factor=3, mode="bilinear"), x)["resize"] == 4 * 9 * x.numel()
     dense = nn.MultiheadAttention(8, 2).eval()
     tokens = torch.randn(6, 3, 8)
     counts = flops.count(dense, tokens, tokens, tokens)
