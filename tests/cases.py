@@ -190,14 +190,22 @@ def expected(case: Case, arrays: dict[str, np.ndarray], dtype: type = np.float64
     return {"out": out, "lse": lse} | {n: g for n, g in grads._asdict().items() if g is not None}
 
 
-def check(case: Case, dtype: str, arrays: dict[str, np.ndarray], actual: dict[str, np.ndarray]) -> None:
+def check(
+    case: Case, dtype: str, arrays: dict[str, np.ndarray], actual: dict[str, np.ndarray], saved_out: bool = False
+) -> None:
     """The tolerance rule, for every result in ``actual`` (see `expected` for the names).
 
     max|actual - ref| <= 2 * max|plain - ref| + atol * max|ref|, where plain is dense attention from
-    the same inputs with float32 accumulation, its results rounded to ``dtype``.
+    the same inputs with float32 accumulation, its results rounded to ``dtype``. With ``saved_out`` its
+    backward takes sum(P * dP) for d_out . out, of the out that it has rounded, as FlashAttention's does.
     """
     ref = expected(case, arrays)
-    plain = expected(case, arrays, np.float64 if dtype == "float64" else np.float32)
+    kind = np.float64 if dtype == "float64" else np.float32
+    plain = expected(case, arrays, kind)
+    if saved_out:
+        error = plain["out"].astype(numpy_dtype(dtype)).astype(kind) - plain["out"]
+        shifted = arrays["d_lse"] - (error * arrays["d_out"].astype(kind)).sum(-1)
+        plain = expected(case, arrays | {"d_lse": shifted}, kind)
     for name, value in actual.items():
         assert value.shape == ref[name].shape, f"{case.name} {name}: shape {value.shape}, expected {ref[name].shape}"
         if value.size == 0:

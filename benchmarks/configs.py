@@ -1,0 +1,99 @@
+"""Configs of the tensor core kernels: the planner's own choice spelled out, and others to time beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import product
+from math import ceil, prod
+from typing import Any
+
+from natcore.planning import Candidate, Config, DeviceFacts, banded_cost, candidates, tiled, tiling_cost
+from natcore.planning.tiling import Geometry as TiledGeometry
+from natcore.problem import Call
+
+Priced = tuple[float, Any]  # the cost model's price (clocks) of a geometry
+
+#: Of the configs drawn at random: how much dearer than the cheapest one they may be.
+DEAREST = 2.0
+
+
+def chosen_geometry(call: Call, facts: DeviceFacts) -> Any:
+    """How the planner cuts the map of a call that a tensor core kernel takes. KeyError for the general kernels."""
+    return _CHOSEN[candidates(call, facts)[0].name](call, facts)
+
+
+def spelled_out(call: Call, facts: DeviceFacts) -> Config:
+    """The planner's choice for a call as an explicit config; of a candidate without geometries, its name."""
+    candidate = candidates(call, facts)[0]
+    if candidate.name not in _CHOSEN:
+        return Config(candidate.name)
+    return _config(candidate, chosen_geometry(call, facts))
+
+
+def alternatives(call: Call, facts: DeviceFacts, cheapest: int, drawn: int, seed: int = 0) -> list[Config]:
+    """Configs beside the planner's choice, which is not among them: the cheapest by the preferred candidate's own
+    cost model, each with another cut of the map, some drawn at random from all others, and every other candidate
+    that takes the call."""
+    preferred, *others = candidates(call, facts)
+    rest = [Config(candidate.name) for candidate in others]
+    if preferred.name not in _PRICED:
+        return rest
+    priced = sorted(_PRICED[preferred.name](call, facts), key=lambda entry: entry[0])
+    best: dict[tuple, Any] = {}  # of each cut of the map
+    for _, geometry in priced:
+        best.setdefault(_cut(geometry), geometry)
+    own = spelled_out(call, facts)
+    first = [_config(preferred, g) for g in best.values()]
+    first = [config for config in first if config != own][:cheapest]
+    near = [_config(preferred, g) for price, g in priced if price <= DEAREST * priced[0][0]]
+    near = [config for config in near if config != own and config not in first]
+    return first + random.Random(seed).sample(near, min(drawn, len(near))) + rest
+
+
+def _config(candidate: Candidate, geometry: Any) -> Config:
+    """The options of a candidate by which it makes this geometry."""
+    return Config(candidate.name, tuple((name, _value(geometry, name)) for name in candidate.options))
+
+
+def _value(geometry: Any, option: str) -> int:
+    if option == "axes":
+        return int("".join(str(axis) for axis in geometry.order if axis >= 0))
+    if option[-1].isdigit():
+        return getattr(geometry, option[:-1])[int(option[-1])]
+    return int(getattr(geometry, option))
+
+
+def _cut(geometry: Any) -> tuple:
+    return geometry.region, getattr(geometry, "order", None), getattr(geometry, "tile", None)
+
+
+def _tiled(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
+    """Every tile shape with every even division into regions: more than the planner looks at."""
+    p, limit = call.problem, facts.shared_bytes_per_block
+    for order, tile in product(tiling_cost.orders(p.window.rank), tiling_cost.TILES):
+        if any(a < 0 and n > 1 for a, n in zip(order, tile, strict=True)):
+            continue
+        unit = TiledGeometry.of(p, order, tile, (1, 1, 1))
+        if not tiling_cost.is_legal(unit):
+            continue
+        counts = [ceil(axis.lengths[0] / n) for axis, n in zip(unit.axes, tile, strict=True)]
+        for region in product(*(sorted({ceil(n / parts) for parts in range(1, n + 1)}) for n in counts)):
+            if prod(region) > tiling_cost.MAX_TILES or max(region) > tiling_cost.MAX_REGION:
+                continue
+            for g in tiling_cost.with_warps(TiledGeometry.of(p, order, tile, region)):
+                if g.shared_bytes <= limit and tiling_cost.is_legal(g):
+                    yield tiling_cost.cost(g, limit, facts.multiprocessors), g
+
+
+def _banded(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
+    for g in banded_cost._geometries(call.problem, {}):
+        if g.shared_bytes <= facts.shared_bytes_per_block:
+            yield banded_cost.cost(g, facts), g
+
+
+_PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {"tiled": _tiled, "banded": _banded}
+_CHOSEN: dict[str, Callable[[Call, DeviceFacts], Any]] = {
+    "tiled": lambda call, facts: tiled.configured(call, facts, {}),
+    "banded": lambda call, facts: banded_cost.choose_geometry(call.problem, facts, {}),
+}
