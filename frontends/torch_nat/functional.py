@@ -1,9 +1,8 @@
 """na1d, na2d, na3d and their packed forms, on torch tensors.
 
-Two ways lead to the kernels. Plain eager calls go straight to `launch`, through an autograd.Function
-where a gradient is needed: microseconds count there. Whenever something looks on that must see an
-operation (compilation, tracing, functorch, a mode, a tensor subclass, autocast), the call goes through
-the dispatcher (`ops`). Both have the same numbers and the same errors.
+Two ways lead to the kernels. Plain eager calls go there directly (`eager`): microseconds count. Whenever
+something looks on that must see an operation (compilation, tracing, functorch, a mode, a tensor subclass,
+autocast), the call goes through the dispatcher (`ops`). Both have the same numbers and the same errors.
 """
 
 from __future__ import annotations
@@ -14,16 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from natcore.planning import Config
-from natcore.problem import Window
-from torch_nat import launch, ops, transforms
+from natcore.window import window_of
+from torch_nat import eager, launch, ops, transforms
 
 PerAxis = int | Sequence[int]
 PerAxisFlag = bool | Sequence[bool]
-_C = torch._C
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def na2d(
@@ -196,27 +192,23 @@ def _call(
     dropout_p: float,
 ) -> Any:
     """Shared by all six: ``leading`` is (q, k, v) or (qkv,), ``extras`` what may be None."""
-    extras = (*extras, _draw_seed(dropout_p, leading[0]))
-    tensors = leading + extras
+    tensors = (*leading, *extras, _draw_seed(dropout_p, leading[0]))
     if torch.compiler.is_compiling():
         lists = [_per_axis(rank, argument) for argument in window_arguments]
         out, lse = ops.forward_of(len(leading))(*tensors, *lists, scale, ops.encode_config(config), dropout_p)
         return (out, lse) if return_lse else out
-    if not _is_plain(leading, extras):
-        _check_tensors(leading, extras)
-        window = launch.window_of(rank, *window_arguments)
-        if _C._are_functorch_transforms_active():
-            if torch.is_autocast_enabled(leading[0].device.type):
-                tensors = transforms.cast_operands(tensors, len(leading), leading[0].device.type)
-            out, lse = transforms.Transformed.apply(window, scale, config, dropout_p, *tensors)
-        else:
-            out, lse = ops.forward_of(len(leading))(*tensors, *ops.window_arguments(window, scale, config, dropout_p))
+    if eager.is_plain(tensors):
+        call = (window_of(rank, *window_arguments), scale, config, dropout_p)
+        out, lse = eager.attend(call, return_lse, tensors)
         return (out, lse) if return_lse else out
-    window = launch.window_of(rank, *window_arguments)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        out, lse = _Attention.apply(window, scale, config, dropout_p, *tensors)
+    _check_tensors(leading, extras)
+    window = window_of(rank, *window_arguments)
+    if torch._C._are_functorch_transforms_active():
+        if torch.is_autocast_enabled(leading[0].device.type):
+            tensors = transforms.cast_operands(tensors, len(leading), leading[0].device.type)
+        out, lse = transforms.Transformed.apply(window, scale, config, dropout_p, *tensors)
     else:
-        out, lse = launch.forward(window, scale, config, return_lse, leading, extras, dropout_p)
+        out, lse = ops.forward_of(len(leading))(*tensors, *ops.window_arguments(window, scale, config, dropout_p))
     return (out, lse) if return_lse else out
 
 
@@ -235,70 +227,16 @@ def _per_axis(rank: int, argument: Any) -> list:
     return [argument] * rank if isinstance(argument, int) else list(argument)
 
 
-def _is_plain(required: tuple[Tensor, ...], optional: tuple[Tensor | None, ...] = ()) -> bool:
-    """Whether nobody but autograd looks on, so that the dispatcher may be left out."""
-    if (
-        _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack()
-        or _C._are_functorch_transforms_active()
-        or _C._is_any_autocast_enabled()
-        or _C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    for tensor in required:
-        if not _is_plain_tensor(tensor):
-            return False
-    for tensor in optional:  # noqa: SIM110  (a generator costs a microsecond)
-        if tensor is not None and not _is_plain_tensor(tensor):
-            return False
-    return True
-
-
-def _is_plain_tensor(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN_TYPES and (tensor.is_cuda or tensor.is_cpu) and not tensor.is_neg()
-
-
 def _check_tensors(leading: tuple, extras: tuple) -> None:
     """Raises TypeError for what is no tensor, NotImplementedError for forward-mode differentiation."""
     names = ("q", "k", "v") if len(leading) == 3 else ("qkv",)
-    given = zip((*names, "rpb", "additional_keys", "additional_values"), (*leading, *extras[:3]), strict=True)
+    given = zip((*names, "rpb", "additional_keys", "additional_values"), (*leading, *extras), strict=True)
     for name, tensor in given:
         if tensor is None and name not in names:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is {type(tensor).__name__}; torch_nat takes torch tensors, natcore other arrays.")
+            raise TypeError(launch.NO_TENSOR.format(name, type(tensor).__name__))
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 f"{name} carries a tangent: forward-mode differentiation is not supported; use reverse mode."
             )
-
-
-_NO_CALL = (None, None, None, None)  # the gradient of a window, a scale, a config and a probability
-
-
-class _Attention(torch.autograd.Function):
-    """The gradient of a plain eager call; the dispatcher's counterpart is in `ops`."""
-
-    @staticmethod
-    def forward(ctx: Any, window: Window, scale: float | None, config: Config | None, dropout_p: float, *tensors: Any):
-        ctx.call = (window, scale, config, dropout_p)
-        ctx.set_materialize_grads(False)
-        out, lse = launch.forward(window, scale, config, True, tensors[:-4], tensors[-4:], dropout_p)
-        ctx.save_for_backward(*tensors, out, lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None):
-        *tensors, out, lse = ctx.saved_tensors
-        leading, extras = tuple(tensors[:-4]), tuple(tensors[-4:])
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        if torch.compiler.is_compiling() or not _is_plain((d_out,), (d_lse,)):
-            arguments = ops.window_arguments(*ctx.call)
-            gradients = ops.backward_of(len(leading))(d_out, *leading, out, lse, d_lse, *extras, *arguments)
-            given = (None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=False))
-            return *_NO_CALL, *given, None
-        window, scale, config, dropout_p = ctx.call
-        saved = (d_out, out, lse, d_lse)
-        return *_NO_CALL, *launch.backward(window, scale, config, leading, saved, extras, dropout_p), None

@@ -1,6 +1,6 @@
 """From torch tensors to a running kernel: read, prepare once per signature, allocate, launch.
 
-    forward(window, ..., q, k, v) -> describe each tensor -> prepare_forward (cached on the descriptions)
+    forward(..., q, k, v) -> describe each tensor -> prepare_forward (cached on the descriptions)
                                   -> torch.empty per result -> executable(pointers, scale, stream, workspace)
 
 Nothing here knows of autograd or of the dispatcher: the callers hand over plain CPU or CUDA tensors.
@@ -22,18 +22,23 @@ from natcore.problem import (
     OPERANDS,
     RESULTS,
     Direction,
-    Window,
     call_of,
     check_operand,
     check_packed,
     problem_of,
 )
 from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
+from natcore.window import Window
 
 _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _SEEDS = {torch.int32: "uint32"}
 _WORKSPACE_ALIGNMENT = 256
+
+#: How many tensors follow q, k, v or qkv: rpb, additional_keys, additional_values, dropout_seed.
+EXTRAS = 4
+
+NO_TENSOR = "{} is {}; torch_nat takes torch tensors, natcore other arrays."
 
 #: Shape, strides, dtype and device: all of a tensor but its address.
 Description = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
@@ -50,45 +55,34 @@ class Prepared(NamedTuple):
     dqkv_step: int
 
 
-def window_of(rank: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Window:
-    """`Window.of`, remembered where the arguments are hashable."""
-    try:
-        return _window_of(rank, kernel_size, stride, dilation, is_causal)
-    except TypeError:
-        return Window.of(rank, kernel_size, stride, dilation, is_causal)
-
-
-_window_of = lru_cache(maxsize=1024, typed=True)(Window.of)
-
-
 def forward(
     window: Window,
     scale: float | None,
     config: Config | None,
+    dropout_p: float,
     with_lse: bool,
-    leading: tuple[Tensor, ...],
-    extras: tuple[Tensor | None, ...],
-    dropout_p: float = 0.0,
+    tensors: Sequence[Any],
 ) -> tuple[Tensor, Tensor | None]:
     """out, and lse where asked for. Raises ValueError for anything that is not a valid problem.
 
-    ``leading``: q, k, v, or one packed [batch, *spatial, 3, heads, head_dim]; ``extras``: rpb,
-    additional_keys, additional_values, dropout_seed (int32 [1]).
+    ``tensors``: q, k, v, or one packed [batch, *spatial, 3, heads, head_dim]; then rpb, additional_keys,
+    additional_values, dropout_seed (int32 [1]), each of which may be None.
     """
-    first, *others = leading
-    prepared = prepare_forward(
-        window,
-        config,
-        dropout_p,
-        with_lse,
-        (first.shape, first.stride(), first.dtype, first.device),
-        *[(t.shape, t.stride(), t.dtype, t.device) for t in others],
-        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in extras],
-    )
-    out, lse = (None if r is None else first.new_empty(r[0], dtype=r[1]) for r in prepared.results)
-    assert out is not None
-    pointers = _pointers(leading, prepared.qkv_step) + [0 if t is None else t.data_ptr() for t in (*extras, out, lse)]
-    run(prepared, scale, pointers, first.device)
+    described = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+    prepared = prepare_forward(window, config, dropout_p, with_lse, *described)
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    if prepared.qkv_step:
+        _unpack(pointers, 0, prepared.qkv_step)
+    like, (wanted_out, wanted_lse), lse = tensors[0], prepared.results, None
+    assert wanted_out is not None
+    out = like.new_empty(wanted_out[0], dtype=wanted_out[1])
+    pointers.append(out.data_ptr())
+    if wanted_lse is not None:
+        lse = like.new_empty(wanted_lse[0], dtype=wanted_lse[1])
+        pointers.append(lse.data_ptr())
+    else:
+        pointers.append(0)
+    run(prepared, scale, pointers, like)
     return out, lse
 
 
@@ -96,37 +90,37 @@ def backward(
     window: Window,
     scale: float | None,
     config: Config | None,
-    leading: tuple[Tensor, ...],
+    dropout_p: float,
     saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    extras: tuple[Tensor | None, ...],
-    dropout_p: float = 0.0,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of ``leading`` and ``extras`` but the seed, as in `forward`; None for what was not given.
+    tensors: Sequence[Any],
+) -> list[Tensor | None]:
+    """The gradients of all ``tensors`` but the seed, as in `forward`; None for what was not given.
 
     ``saved``: d_out, out, lse, d_lse. A packed gradient is written directly as one tensor.
     """
     d_out, out, lse, d_lse = saved
     d_out, d_lse = readable(d_out), None if d_lse is None else readable(d_lse)
-    tensors = (d_out, *leading, out, lse, d_lse, *extras)
-    prepared = prepare_backward(window, config, dropout_p, *[None if t is None else describe(t) for t in tensors])
-    device = d_out.device
-    results = [None if r is None else torch.empty(r[0], dtype=r[1], device=device) for r in prepared.results]
-    count = len(leading)
-    pointers = [d_out.data_ptr(), *_pointers(leading, prepared.qkv_step)]
-    pointers += [0 if t is None else t.data_ptr() for t in tensors[1 + count :]]
-    pointers += _pointers(results[:count], prepared.dqkv_step)
-    pointers += [0 if t is None else t.data_ptr() for t in results[count:]]
-    run(prepared, scale, pointers, device)
-    return tuple(results)
+    leading = len(tensors) - EXTRAS
+    inputs = (d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:])
+    described = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in inputs]
+    prepared = prepare_backward(window, config, dropout_p, *described)
+    # A gradient has the shape and the dtype of its tensor.
+    results = [None if t is None else _empty_like(t, memory_format=_ROW_MAJOR) for t in tensors[:-1]]
+    pointers = [0 if t is None else t.data_ptr() for t in (*inputs, *results)]
+    if prepared.qkv_step:
+        _unpack(pointers, len(inputs), prepared.dqkv_step)
+        _unpack(pointers, 1, prepared.qkv_step)
+    run(prepared, scale, pointers, d_out)
+    return results
 
 
-def _pointers(leading: Sequence[Any], step: int) -> list[int]:
-    """The addresses of q, k and v (or of their gradients), packed or not."""
-    if len(leading) == 3:
-        q, k, v = leading
-        return [q.data_ptr(), k.data_ptr(), v.data_ptr()]
-    start = leading[0].data_ptr()
-    return [start, start + step, start + 2 * step]
+_empty_like, _ROW_MAJOR = torch.empty_like, torch.contiguous_format
+
+
+def _unpack(pointers: list[int], at: int, step: int) -> None:
+    """The addresses of q, k and v (or of their gradients) in place of that of the packed tensor."""
+    start = pointers[at]
+    pointers[at : at + 1] = start, start + step, start + 2 * step
 
 
 def describe(tensor: Tensor) -> Description:
@@ -169,12 +163,16 @@ def _prepare(
     packed, at = None, inputs.index("q")
     if len(descriptions) < len(inputs):
         packed = descriptions[at]
-        assert packed is not None  # _is_plain and the schema admit no None there
+        if packed is None:
+            raise TypeError(NO_TENSOR.format("qkv", "NoneType"))
         descriptions = (*descriptions[:at], *split_packed(window.rank, packed), *descriptions[at + 1 :])
     views = {name: None if d is None else view_of(name, d) for name, d in zip(inputs, descriptions, strict=True)}
+    for name in ("q", "k", "v"):
+        if views[name] is None:
+            raise TypeError(NO_TENSOR.format(name, "NoneType"))
     problem = problem_of(window, views, dropout_p)
     q = views["q"]
-    assert q is not None  # problem_of raised otherwise
+    assert q is not None
     for name, view in views.items():
         if view is not None:
             check_operand(problem, name, view, q.device)
@@ -222,16 +220,15 @@ def allocation(result: View | None) -> tuple[tuple[int, ...], torch.dtype] | Non
     return None if result is None else (result.shape, _DTYPES[result.dtype])
 
 
-def run(prepared: Prepared, scale: float | None, pointers: list[int], device: torch.device) -> None:
-    """Launch on the current stream of the tensors' device; scratch memory comes from torch's allocator.
+def run(prepared: Prepared, scale: float | None, pointers: list[int], like: Tensor) -> None:
+    """Launch on the current stream of ``like``'s device; scratch memory comes from torch's allocator.
 
     The stream orders every later use of that memory, so it may be freed as soon as this returns.
     """
-    scale = prepared.scale if scale is None else float(scale)
     executable, index = prepared.executable, prepared.cuda_index
-    workspace, address = None, 0
-    if executable.workspace_bytes:
-        workspace = torch.empty(executable.workspace_bytes + _WORKSPACE_ALIGNMENT, dtype=torch.uint8, device=device)
+    address, size = 0, executable.workspace_bytes
+    if size:
+        workspace = like.new_empty(size + _WORKSPACE_ALIGNMENT, dtype=torch.uint8)
         address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
     stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
-    executable(pointers, scale, stream, address)
+    executable(pointers, prepared.scale if scale is None else float(scale), stream, address)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from natcore.planning import Config
-from natcore.problem import Window, check_packed, problem_of
+from natcore.problem import check_packed, problem_of
+from natcore.window import Window, window_of
 from torch_nat import launch
 
 #: is_causal is 0 or 1: torch.jit, and what counts operations with it, cannot trace a list of bool.
@@ -75,36 +76,33 @@ def backward_of(leading: int) -> Callable[..., tuple[Tensor, ...]]:
 
 def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int]) -> Window:
     flags = tuple(map(bool, is_causal))
-    return launch.window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), flags)
+    return window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), flags)
 
 
 # CPU and CUDA kernels.
 
 
-def _attention(q, k, v, rpb, keys, values, seed, *window):
-    return _forward((q, k, v), (rpb, keys, values, seed), *window)
-
-
-def _attention_packed(qkv, rpb, keys, values, seed, *window):
-    return _forward((qkv,), (rpb, keys, values, seed), *window)
-
-
-def _forward(leading, extras, kernel_size, stride, dilation, is_causal, scale, config, dropout_p):
+def _attention(*args):
+    tensors, (kernel_size, stride, dilation, is_causal, scale, config, dropout_p) = args[:-7], args[-7:]
     window = _window(kernel_size, stride, dilation, is_causal)
-    return launch.forward(window, scale, decode_config(config), True, leading, extras, dropout_p)
+    return launch.forward(window, scale, decode_config(config), dropout_p, True, tensors)
 
 
-def _attention_backward(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, seed, *window):
-    return _backward((q, k, v), (d_out, out, lse, d_lse), (rpb, keys, values, seed), *window)
+_attention_packed = _attention
 
 
-def _attention_packed_backward(d_out, qkv, out, lse, d_lse, rpb, keys, values, seed, *window):
-    return _backward((qkv,), (d_out, out, lse, d_lse), (rpb, keys, values, seed), *window)
+def _attention_backward(d_out, q, k, v, out, lse, d_lse, *rest):
+    return _backward((d_out, out, lse, d_lse), (q, k, v), *rest)
 
 
-def _backward(leading, saved, extras, kernel_size, stride, dilation, is_causal, scale, config, dropout_p):
+def _attention_packed_backward(d_out, qkv, out, lse, d_lse, *rest):
+    return _backward((d_out, out, lse, d_lse), (qkv,), *rest)
+
+
+def _backward(saved, leading, rpb, keys, values, seed, kernel_size, stride, dilation, is_causal, scale, config, p):
     window = _window(kernel_size, stride, dilation, is_causal)
-    gradients = launch.backward(window, scale, decode_config(config), leading, saved, extras, dropout_p)
+    tensors = (*leading, rpb, keys, values, seed)
+    gradients = launch.backward(window, scale, decode_config(config), p, saved, tensors)
     return tuple(saved[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from natcore.merging import check_mergeable, combine
 from natcore.planning import Config
 from natcore.problem import Direction
-from torch_nat import launch, ops, unfused_ops
+from natcore.window import window_of
+from torch_nat import ops, unfused_ops
 from torch_nat.functional import PerAxis, PerAxisFlag
 
 
@@ -188,7 +189,7 @@ def _call(direction: Direction, rank: int, tensors: tuple, window_arguments: tup
         optional = name == "rpb" or name.startswith("additional")
         if not isinstance(tensor, Tensor) and not (optional and tensor is None):
             raise TypeError(f"{name} is {type(tensor).__name__}; torch_nat takes torch tensors, natcore other arrays.")
-    window = launch.window_of(rank, *window_arguments)
+    window = window_of(rank, *window_arguments)
     lists = [list(x) for x in (window.kernel_size, window.stride, window.dilation, window.is_causal)]
     if not torch._C._are_functorch_transforms_active():
         return getattr(torch.ops.natcore, direction)(*tensors, *lists, *rest)

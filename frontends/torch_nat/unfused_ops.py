@@ -21,9 +21,10 @@ from torch import Tensor
 
 from natcore import backends
 from natcore.planning import Config
-from natcore.problem import OPERANDS, RESULTS, Direction, Problem, Window, call_of, check_operand
+from natcore.problem import OPERANDS, RESULTS, Direction, Problem, call_of, check_operand
 from natcore.unfused import unfused_problem_of
 from natcore.views import Device, View, contiguous_strides
+from natcore.window import Window, window_of
 from torch_nat import launch
 from torch_nat.ops import LIBRARY, decode_config
 from torch_nat.transforms import MAP, RPB, cast_operands, fold, unfold
@@ -96,7 +97,7 @@ def _kernel(direction: Direction) -> Callable:
         like = tensors[0]
         results = [None if r is None else like.new_empty(r[0], dtype=r[1]) for r in prepared.results]
         pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
-        launch.run(prepared, rest[0] if scaled else 1.0, pointers, like.device)
+        launch.run(prepared, rest[0] if scaled else 1.0, pointers, like)
         results = [like.new_empty(0) if r is None else r for r in results]
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -105,7 +106,7 @@ def _kernel(direction: Direction) -> Callable:
 
 def _window(kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Window:
     causal = tuple(map(bool, is_causal))
-    return launch.window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), causal)
+    return window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), causal)
 
 
 def _fake(direction: Direction) -> Callable:

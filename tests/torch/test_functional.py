@@ -10,7 +10,7 @@ import torch_nat
 from tests.cases import CASES, Case, check, expected, inputs, random_case
 from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, run, tensors_of, to_numpy, to_torch
 from torch_nat import launch
-from torch_nat.functional import _is_plain
+from torch_nat.eager import is_plain
 
 SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
 BY_NAME = {case.name: case for case in CASES}
@@ -209,23 +209,23 @@ class Subclass(torch.Tensor):
 def test_what_looks_on_goes_through_the_dispatcher():
     """Each of these must see an operation; a plain call must not pay for one."""
     q = torch.randn(1, 5, 1, 8)
-    assert _is_plain((q,), (q, None))
-    assert _is_plain((torch.nn.Parameter(q),))
-    assert not _is_plain((q.as_subclass(Subclass),))
-    assert not _is_plain((q.to("meta"),))
-    assert not _is_plain((torch._neg_view(q),))
-    assert not _is_plain((q,), (None, q.as_subclass(Subclass)))
+    assert is_plain((q, q, None))
+    assert is_plain((torch.nn.Parameter(q),))
+    assert not is_plain((q.as_subclass(Subclass),))
+    assert not is_plain((q.to("meta"),))
+    assert not is_plain((torch._neg_view(q),))
+    assert not is_plain((q, None, q.as_subclass(Subclass)))
     with Looking():
-        assert not _is_plain((q,))
+        assert not is_plain((q,))
     with torch.autocast("cpu"):
-        assert not _is_plain((q,))
+        assert not is_plain((q,))
     with torch.utils._python_dispatch.TorchDispatchMode():
-        assert not _is_plain((q,))
+        assert not is_plain((q,))
     with torch.autograd.forward_ad.dual_level():
-        assert not _is_plain((q,))
+        assert not is_plain((q,))
     inside = []
-    torch.vmap(lambda x: inside.append(_is_plain((x,))) or x)(q)
-    torch.jit.trace(lambda x: inside.append(_is_plain((x,))) or x, (q,), check_trace=False)
+    torch.vmap(lambda x: inside.append(is_plain((x,))) or x)(q)
+    torch.jit.trace(lambda x: inside.append(is_plain((x,))) or x, (q,), check_trace=False)
     assert inside and not any(inside)
 
 
