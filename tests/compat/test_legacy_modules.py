@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import torch_nat.flops
 from natcore import reference
 from natcore.problem import Window
 from torch_nat.compat.natten import v0_14, v0_15, v0_17, v0_17_5
@@ -147,6 +148,17 @@ def test_multiply_accumulates(flops, bias: int):
     assert counted == queries * 9 * (8 + 8 + bias)
     counted = flops.add_natten_handle(Counter(Fused(), torch.randn(2, 7, 2, 8))).total()
     assert counted == 2 * 7 * 2 * (5 + 2) * (8 + 8 + bias)
+
+
+@pytest.mark.parametrize("flops", [flops_0_14, flops_0_17], ids=["0.14", "0.17"])
+def test_fvcore_itself_counts_the_published_figure(flops):
+    """It leaves out the final mean, and 0.17 the biases."""
+    pytest.importorskip("fvcore", reason="pip install fvcore (0.1.5.post20221221 passes)")
+    model = torch_nat.create_model("nat_mini").eval()
+    counted = flops.get_flops(model, torch.randn(1, 3, 224, 224), disable_warnings=True)
+    counts = torch_nat.flops.count_named("nat_mini")
+    left_out = counts["pool"] + (counts["rpb"] if flops is flops_0_17 else 0)
+    assert counted == sum(counts.values()) - left_out
 
 
 def test_counts_by_hand():
