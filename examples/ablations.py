@@ -6,7 +6,8 @@
 The first compares neighborhood attention with SASA (zero padding) and with Swin's windows (W-MSA and SW-MSA in
 turns), at a kernel of 7, the second NA's kernels of 3, 5, 7 and 9; the model, its parameters' number (but for the
 bias table's) and its training are otherwise the same. Writes results.json, ablations.png and saliency.png to --out.
-Interrupted, it goes on where it was. Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023).
+Interrupted, it goes on where it was. What came out is in benchmarks/results/ablations.md. Hassani et al.,
+"Neighborhood Attention Transformer" (CVPR 2023).
 """
 
 from __future__ import annotations
