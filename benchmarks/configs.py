@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
-from math import ceil, prod
+from math import ceil, inf, prod
 from typing import Any
 
-from natcore.planning import Candidate, Config, DeviceFacts, banded_cost, candidates, tiled, tiling_cost
+from natcore.compiling import compile_kernel
+from natcore.errors import CompileError
+from natcore.planning import Candidate, Config, DeviceFacts, banded_cost, candidates, plan_for, tiled, tiling_cost
 from natcore.planning.tiling import Geometry as TiledGeometry
 from natcore.problem import Call
 
@@ -49,6 +52,24 @@ def alternatives(call: Call, facts: DeviceFacts, cheapest: int, drawn: int, seed
     near = [_config(preferred, g) for price, g in priced if price <= DEAREST * priced[0][0]]
     near = [config for config in near if config != own and config not in first]
     return first + random.Random(seed).sample(near, min(drawn, len(near))) + rest
+
+
+def compiled(
+    call: Call, facts: DeviceFacts, configs: list[Config | None], deadline: float = inf
+) -> list[Config | None]:
+    """Those of the configs that can run the call, their kernels compiled into the disk cache; none is begun after
+    the deadline (of time.monotonic). Needs no GPU."""
+    able = []
+    for config in configs:
+        if time.monotonic() > deadline:
+            break
+        try:
+            for launch in plan_for(call, facts, config).launches:
+                compile_kernel(launch.kernel)
+        except (ValueError, NotImplementedError, CompileError):
+            continue
+        able.append(config)
+    return able
 
 
 def _config(candidate: Candidate, geometry: Any) -> Config:

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.peers import Bound, Implementation, Inputs, differentiable
 from benchmarks.shapes import Row
 from natcore import backends
-from natcore.planning import choose
+from natcore.planning import Config, choose
 from natcore.problem import OPERANDS, RESULTS, Call, Direction, call_of, problem_of
 from natcore.views import Device, View
 
@@ -29,15 +29,30 @@ def _packed(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return whole, list(whole.unbind(-3))
 
 
-def _call(direction: Direction, row: Row, arrays: dict[str, Tensor]) -> Call:
-    views = {name: _view(array) for name, array in arrays.items()}
+def allocate(row: Row, inputs: Inputs, packed: bool = False) -> dict[str, Tensor]:
+    """Every operand of both directions, results included, by name."""
+    arrays = {name: x for name, x in inputs._asdict().items() if x is not None}
+    problem = problem_of(row.window, {name: _view(x) for name, x in arrays.items() if name != "d_out"})
+    for name in (*RESULTS["forward"], *RESULTS["backward"]):
+        if problem.has(name):
+            kind = getattr(torch, problem.dtype_of(name))
+            arrays[name] = torch.empty(problem.shapes[name], dtype=kind, device=inputs.q.device)
+    if packed:
+        for names in (("q", "k", "v"), ("dq", "dk", "dv")):
+            arrays |= dict(zip(names, _packed([arrays[name] for name in names])[1], strict=True))
+    return arrays
+
+
+def call_on(direction: Direction, row: Row, arrays: dict[str, Tensor]) -> Call:
+    """The call of one direction on these arrays."""
+    views = {name: _view(array) for name, array in arrays.items() if name in OPERANDS[direction]}
     return call_of(direction, problem_of(row.window, views), views)
 
 
-def _executable(call: Call, arrays: dict[str, Tensor]) -> Callable[[], None]:
+def executable_on(call: Call, arrays: dict[str, Tensor], config: Config | None = None) -> Callable[[], None]:
     """The prepared call on these arrays: what a repetition costs is the launch."""
     device = arrays["q"].device
-    executable = backends.prepare(call, _view(arrays["q"]).device)
+    executable = backends.prepare(call, _view(arrays["q"]).device, config)
     scratch = torch.empty(executable.workspace_bytes + _ALIGNMENT, dtype=torch.uint8, device=device)
     workspace = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
     pointers = [arrays[name].data_ptr() if name in arrays else 0 for name in call.operands]
@@ -60,19 +75,10 @@ def _kernel_name(call: Call, device: torch.device) -> str:
 
 def bind_kernels(row: Row, inputs: Inputs, packed: bool) -> Bound:
     """Forward (with LSE) and backward (every gradient) on memory allocated here, once."""
-    arrays = {name: x for name, x in inputs._asdict().items() if x is not None}
-    problem = problem_of(row.window, {name: _view(x) for name, x in arrays.items() if name != "d_out"})
-    for name in (*RESULTS["forward"], *RESULTS["backward"]):
-        if problem.has(name):
-            kind = getattr(torch, problem.dtype_of(name))
-            arrays[name] = torch.empty(problem.shapes[name], dtype=kind, device=inputs.q.device)
-    if packed:
-        for names in (("q", "k", "v"), ("dq", "dk", "dv")):
-            arrays |= dict(zip(names, _packed([arrays[name] for name in names])[1], strict=True))
-    only = {d: {n: x for n, x in arrays.items() if n in OPERANDS[d]} for d in ("forward", "backward")}
-    forward_call = _call("forward", row, only["forward"])
-    run_forward = _executable(forward_call, only["forward"])
-    run_backward = _executable(_call("backward", row, only["backward"]), only["backward"])
+    arrays = allocate(row, inputs, packed)
+    forward_call = call_on("forward", row, arrays)
+    run_forward = executable_on(forward_call, arrays)
+    run_backward = executable_on(call_on("backward", row, arrays), arrays)
     gradients = tuple(arrays["d" + name] for name in ("q", "k", "v", "rpb") if name in arrays)
 
     def forward() -> Tensor:

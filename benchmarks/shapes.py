@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 
-from natcore.problem import Problem, Window
+from natcore.problem import Direction, Problem, Window
 from natcore.reference import neighborhood
 from natcore.views import ITEM_SIZES
 
@@ -132,15 +132,23 @@ def _tiled_scores(row: Row, tile: Axes) -> int:
     return total * prod(tile)
 
 
-def predicted_ms(row: Row, dtype: str, bandwidth: float, rate: float) -> float:
-    """Forward time by max(bytes / bandwidth, computed scores * head_dim / rate), rate fitted on other rows."""
-    work = computed_scores(row) * (row.head_dim + (row.head_dim_v or row.head_dim)) / 2
-    return 1e3 * max(floor_bytes(row, dtype, backward=False) / bandwidth, work / rate)
+def predicted_ms(row: Row, dtype: str, bandwidth: float, rate: float, direction: Direction = "forward") -> float:
+    """One direction by max(bytes / bandwidth, computed scores * head_dim / rate), the direction's rate being
+    fitted on other rows."""
+    size = floor_bytes(row, dtype, backward=False)
+    if direction == "backward":
+        size = floor_bytes(row, dtype, backward=True) - size
+    return 1e3 * max(size / bandwidth, _work(row) / rate)
 
 
 def fitted_rate(row: Row, ms: float) -> float:
     """The rate, in scores times head_dim per second, at which ``row`` ran in ``ms``."""
-    return computed_scores(row) * row.head_dim / (ms / 1e3)
+    return _work(row) / (ms / 1e3)
+
+
+def _work(row: Row) -> float:
+    """Computed scores times head_dim (the mean of q's and v's)."""
+    return computed_scores(row) * (row.head_dim + (row.head_dim_v or row.head_dim)) / 2
 
 
 #: NAT's own windows: the four stages of NAT-Tiny, and a segmentation map.
