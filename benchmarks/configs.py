@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import product
 from math import ceil, inf, prod
 from typing import Any
@@ -21,17 +22,19 @@ Priced = tuple[float, Any]  # the cost model's price (clocks) of a geometry
 DEAREST = 2.0
 
 
-def chosen_geometry(call: Call, facts: DeviceFacts) -> Any:
-    """How the planner cuts the map of a call that a tensor core kernel takes. KeyError for the general kernels."""
-    return _CHOSEN[candidates(call, facts)[0].name](call, facts)
+def chosen_geometry(call: Call, facts: DeviceFacts, candidate: Candidate | None = None) -> Any:
+    """How the map of a call is cut by a candidate with geometries, by default the preferred one. KeyError for the
+    general kernels."""
+    return _CHOSEN[(candidate or candidates(call, facts)[0]).name](call, facts)
 
 
-def spelled_out(call: Call, facts: DeviceFacts) -> Config:
-    """The planner's choice for a call as an explicit config; of a candidate without geometries, its name."""
-    candidate = candidates(call, facts)[0]
+def spelled_out(call: Call, facts: DeviceFacts, candidate: Candidate | None = None) -> Config:
+    """A candidate's choice for a call (by default, the preferred one's) as an explicit config; of a candidate
+    without geometries, its name."""
+    candidate = candidate or candidates(call, facts)[0]
     if candidate.name not in _CHOSEN:
         return Config(candidate.name)
-    return _config(candidate, chosen_geometry(call, facts))
+    return _config(candidate, chosen_geometry(call, facts, candidate))
 
 
 def alternatives(call: Call, facts: DeviceFacts, cheapest: int, drawn: int, seed: int = 0) -> list[Config]:
@@ -86,7 +89,7 @@ def _value(geometry: Any, option: str) -> int:
 
 
 def _cut(geometry: Any) -> tuple:
-    return geometry.region, getattr(geometry, "order", None), getattr(geometry, "tile", None)
+    return tuple(getattr(geometry, name, None) for name in ("region", "order", "tile", "band", "tiles", "heads"))
 
 
 def _tiled(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
@@ -113,8 +116,21 @@ def _banded(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
             yield banded_cost.cost(g, facts), g
 
 
-_PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {"tiled": _tiled, "banded": _banded}
+def _marching(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
+    marching_cost = import_module("natcore.planning.marching_cost")
+    for g in marching_cost._geometries(call.problem, facts, {}):
+        yield marching_cost.cost(g, facts), g
+
+
+_PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
+    "tiled": _tiled,
+    "marching": _marching,
+    "banded": _banded,
+}
 _CHOSEN: dict[str, Callable[[Call, DeviceFacts], Any]] = {
     "tiled": lambda call, facts: tiled.configured(call, facts, {}),
+    "marching": lambda call, facts: import_module("natcore.planning.marching_cost").choose_geometry(
+        call.problem, facts, {}
+    ),
     "banded": lambda call, facts: banded_cost.choose_geometry(call.problem, facts, {}),
 }

@@ -2,11 +2,12 @@
 
     python3 -m tests.sanitize --out runs/sanitizer
 
-Every case of tests/test_fast_forward.py and tests/test_fast_backward.py runs as the planner chooses, and some under
-other configs. Cases run without a framework, on memory of the driver's own: inputs are copied in, results are
-filled with NaN, and the workspace is left as it comes, so that initcheck sees whoever reads what nobody wrote. Only
-natcore's tensor core kernels are instrumented. Results are checked against the reference, too. Two more processes
-have a planted fault each (an allocation too short, an input never written): the tools must report them.
+Every case of tests/test_fast_forward.py and tests/test_fast_backward.py runs through each tensor core kernel that
+takes it, and one of them under other configs, too. Cases run without a framework, on memory of the driver's own:
+inputs are copied in, results are filled with NaN, and the workspace is left as it comes, so that initcheck sees
+whoever reads what nobody wrote. Only natcore's tensor core kernels are instrumented. Results are checked against
+the reference, too. Two more processes have a planted fault each (an allocation too short, an input never written):
+the tools must report them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TOOLS = {
     "initcheck": ("--check-api-memory-access", "no"),
 }
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-SHARDS = 2  # processes of one tool and direction
+SHARDS = 3  # processes of one tool and direction
 FAULTS = {"memcheck": "short", "initcheck": "unwritten"}  # planted, to see that the tool reports them
 _NUMBERS = count()  # of processes: each gets ports of its own
 CASES_OF = {
@@ -59,12 +60,12 @@ CASES_OF = {
 
 @dataclass(frozen=True)
 class Job:
-    """One case in one direction: its dtype, and a config where it is not the planner's own choice."""
+    """One case in one direction: its dtype and its config (a kernel's name alone: as that kernel cuts the map)."""
 
     case: Case
     direction: Direction
     dtype: str
-    config: Config | None = None
+    config: Config
 
     @property
     def problem(self) -> Problem:
@@ -76,10 +77,16 @@ class Job:
 
 
 def jobs(direction: Direction, device: DeviceFacts) -> list[Job]:
-    """Every ugly case that a tensor core kernel takes, in turn in float16 and bfloat16; then other configs."""
+    """Every ugly case with each tensor core kernel that takes it, in turn in float16 and bfloat16; then, of one case,
+    other configs."""
     cases = [case for case in CASES_OF[direction] if case.batch]
-    found = [Job(case, direction, ("float16", "bfloat16")[i % 2]) for i, case in enumerate(cases)]
-    able = [job for job in found if candidates(job.call, device)[0].name != "general"]
+    found = [Job(case, direction, ("float16", "bfloat16")[i % 2], Config("general")) for i, case in enumerate(cases)]
+    able = [
+        replace(job, config=Config(candidate.name))
+        for job in found
+        for candidate in candidates(job.call, device)
+        if candidate.name != "general"
+    ]
     base = next(job for job in able if job.case.name == "several_regions")
     base = replace(base, case=replace(base.case, batch=4))
     configs = list(test_fast_forward.CONFIGS.values()) if direction == "forward" else []

@@ -19,7 +19,7 @@ from benchmarks.configs import chosen_geometry, spelled_out
 from natcore.backends import prepare
 from natcore.compiling import compile_kernels
 from natcore.device import device_count, facts
-from natcore.planning import Config, KernelSpec, facts_for_arch, plan_for
+from natcore.planning import Candidate, Config, KernelSpec, candidates, facts_for_arch, plan_for
 from natcore.planning.listed import contiguous_call
 from natcore.problem import OPERANDS, RESULTS, Call, Direction, Problem
 from natcore.views import Device
@@ -121,16 +121,23 @@ def specialise(build: Build) -> Specialised:
 def _specialised(build: Build, common: tuple[int, ...], drawn: list[tuple[int, ...]]) -> Specialised | None:
     typical = _problem(build, build.case(common, batch=16, heads=4, heads_kv=4))
     calls = {d: contiguous_call(d, typical) for d in DIRECTIONS}
-    geometries = [chosen_geometry(call, device_facts()) for call in calls.values()]
+    takers = {d: _taker(build, call) for d, call in calls.items()}
+    geometries = [chosen_geometry(call, device_facts(), takers[d]) for d, call in calls.items()]
     groups: dict[tuple, list[tuple[int, ...]]] = {}
     for spatial in dict.fromkeys(drawn):
         problem = replace(typical, spatial=spatial)
         groups.setdefault(tuple(replace(g, problem=problem).defines for g in geometries), []).append(spatial)
     maps = max(groups.values(), key=len)
-    configs = {d: spelled_out(call, device_facts()) for d, call in calls.items()}
+    configs = {d: spelled_out(call, device_facts(), takers[d]) for d, call in calls.items()}
     calls = {d: contiguous_call(d, replace(typical, spatial=maps[0])) for d in DIRECTIONS}
     kernels = {d: found for d, call in calls.items() if (found := _kernels(call, configs[d])) is not None}
     return Specialised(configs, kernels, tuple(maps)) if len(kernels) == len(DIRECTIONS) else None
+
+
+def _taker(build: Build, call: Call) -> Candidate:
+    """One of the tensor core kernels that can take the call: builds take turns."""
+    able = [candidate for candidate in candidates(call, device_facts()) if candidate.name != "general"]
+    return able[BUILDS.index(build) % len(able)]
 
 
 def _problem(build: Build, case: Case) -> Problem:
