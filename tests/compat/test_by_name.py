@@ -13,7 +13,7 @@ from natcore import reference
 from natcore.problem import Window
 from tests.compat.test_legacy import operands
 from torch_nat.compat import natten
-from torch_nat.compat.natten import _arguments, v0_15, v0_17, v0_17_5
+from torch_nat.compat.natten import _arguments, v0_15, v0_17, v0_17_5, v0_20, v0_20_0, v0_21_1
 from torch_nat.compat.natten.v0_17_5 import flex
 from torch_nat.compat.natten.v0_21.backends import reference as reference_kernels
 from torch_nat.compat.natten.v0_21.token_permute import token_permute_operation, token_unpermute_operation
@@ -229,6 +229,20 @@ def test_tensor_checks_honour_every_argument(check):
     nested = torch.nested.nested_tensor([q[0]])
     with pytest.raises(NotImplementedError, match="nested"):
         check(nested, nested, nested)
+
+
+def test_tensor_checks_until_0_21_1():
+    """raise_error came right after must_match_head_dims."""
+    q, k, v = torch.zeros(1, 6, 4, 8), torch.zeros(1, 6, 2, 8), torch.zeros(1, 6, 2, 5)
+    for library in (v0_20, v0_20_0, v0_21_1):
+        for check in (library.utils.checks.na_tensor_checks, library.utils.checks.fmha_tensor_checks):
+            assert check(q, k, v) and not check(q, k, v, True, False)
+            with pytest.raises(ValueError, match=r"flex: .*head_dim"):
+                check(q, k, v, True, True, "flex")
+        library.utils.checks.additional_kv_tensor_checks(q, k, k, k, k, True)
+        with pytest.raises(ValueError, match="query and value differ"):
+            library.utils.checks.additional_kv_tensor_checks(q, k, v, k, v, True)
+        assert library.utils.checks.is_self_attention(q, (6,), (True,))
 
 
 def test_checks_of_additional_keys_and_packed_sequences():

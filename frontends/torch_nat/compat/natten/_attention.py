@@ -64,7 +64,7 @@ def attend_packed(
     key: Tensor,
     value: Tensor,
     cumulative: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
+    longest: tuple[int, ...],
     is_causal: bool,
     scale: float | None,
     return_lse: bool,

@@ -1,6 +1,6 @@
 """The interface of NATTEN 0.20, answered by torch_nat. See `torch_nat.compat.natten`."""
 
-from torch_nat.compat.natten.v0_20 import backends, functional, modules
+from torch_nat.compat.natten.v0_20 import backends, functional, modules, utils
 from torch_nat.compat.natten.v0_20.backends import (
     get_bwd_configs_for_cutlass_fmha,
     get_bwd_configs_for_cutlass_fna,
@@ -20,7 +20,7 @@ from torch_nat.compat.natten.v0_20.modules import (
     NeighborhoodAttention3D,
 )
 from torch_nat.compat.natten.v0_20.version import __version__
-from torch_nat.compat.natten.v0_21 import context, types, utils
+from torch_nat.compat.natten.v0_21 import context, types
 from torch_nat.compat.natten.v0_21._environment import HAS_LIBNATTEN
 from torch_nat.compat.natten.v0_21.context import (
     allow_flex_compile,

@@ -80,12 +80,12 @@ def attention(
     arguments.check_dense((query, key, value))
     fmha_tensor_checks(query, key, value)
     packed = (cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV)
-    *cumulative, longest_q, longest_kv = varlen_tensor_checks(query, key, value, seqlens_Q, seqlens_KV, *packed)
-    if cumulative[0] is None:
+    ends_q, ends_kv, *longest = varlen_tensor_checks(query, key, value, seqlens_Q, seqlens_KV, *packed)
+    if ends_q is None or ends_kv is None:
         out, lse = attend(query, key, value, is_causal, scale, return_lse)
     else:
-        longest = (longest_q, longest_kv)
-        out, lse = attend_packed(query, key, value, tuple(cumulative), longest, is_causal, scale, return_lse)
+        lengths = (ends_q, ends_kv), tuple(longest)
+        out, lse = attend_packed(query, key, value, *lengths, is_causal, scale, return_lse)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 

@@ -15,10 +15,12 @@ from torch_nat.compat.natten.v0_21.utils.device import get_device_cc
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _runs(tensors: tuple[Tensor, ...], fmha: bool, raise_error: bool, capabilities: tuple[int, ...] = ()) -> bool:
-    query = tensors[0]
+def _runs(
+    tensors: tuple[Tensor, Tensor, Tensor], fmha: bool, raise_error: bool, capabilities: tuple[int, ...] = ()
+) -> bool:
+    query, key, value = tensors
     checks = fmha_tensor_checks if fmha else na_tensor_checks
-    if not checks(*tensors, raise_error=raise_error):
+    if not checks(query, key, value, raise_error=raise_error):
         return False
     fault = None
     if query.dtype not in _DTYPES or query.device.type not in ("cpu", "cuda"):
