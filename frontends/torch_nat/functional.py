@@ -192,32 +192,32 @@ def _call(
     dropout_p: float,
 ) -> Any:
     """Shared by all six: ``leading`` is (q, k, v) or (qkv,), ``extras`` what may be None."""
-    tensors = (*leading, *extras, _draw_seed(dropout_p, leading[0]))
+    # The default 0 is an int because compilers may treat a float as a variable, which this `if` then undoes.
+    tensors = (*leading, *extras, None if dropout_p == 0 else _draw_seed(leading[0]))
     if torch.compiler.is_compiling():
         lists = [_per_axis(rank, argument) for argument in window_arguments]
         out, lse = ops.forward_of(len(leading))(*tensors, *lists, scale, ops.encode_config(config), dropout_p)
         return (out, lse) if return_lse else out
-    if eager.is_plain(tensors):
-        call = (window_of(rank, *window_arguments), scale, config, dropout_p)
-        out, lse = eager.attend(call, return_lse, tensors)
-        return (out, lse) if return_lse else out
-    _check_tensors(leading, extras)
     window = window_of(rank, *window_arguments)
-    if torch._C._are_functorch_transforms_active():
-        if torch.is_autocast_enabled(leading[0].device.type):
-            tensors = transforms.cast_operands(tensors, len(leading), leading[0].device.type)
-        out, lse = transforms.Transformed.apply(window, scale, config, dropout_p, *tensors)
-    else:
-        out, lse = ops.forward_of(len(leading))(*tensors, *ops.window_arguments(window, scale, config, dropout_p))
-    return (out, lse) if return_lse else out
+    results = eager.attend((window, scale, config, dropout_p), return_lse, tensors)
+    if results is None:
+        results = _dispatched(window, scale, config, dropout_p, leading, extras, tensors)
+    return results if return_lse else results[0]
 
 
-def _draw_seed(dropout_p: float, like: Any) -> Tensor | None:
-    """32 random bits where the tensors are, so that nobody waits for them and graphs draw anew.
+def _dispatched(window, scale, config, dropout_p, leading, extras, tensors) -> tuple[Tensor, Tensor]:
+    """Through the dispatcher, or whatever else looks on."""
+    _check_tensors(leading, extras)
+    if not torch._C._are_functorch_transforms_active():
+        return ops.forward_of(len(leading))(*tensors, *ops.window_arguments(window, scale, config, dropout_p))
+    if torch.is_autocast_enabled(leading[0].device.type):
+        tensors = transforms.cast_operands(tensors, len(leading), leading[0].device.type)
+    return transforms.Transformed.apply(window, scale, config, dropout_p, *tensors)
 
-    The default 0 is an int because compilers may treat a float as a variable, which an `if` then undoes.
-    """
-    if dropout_p == 0 or not isinstance(like, Tensor):
+
+def _draw_seed(like: Any) -> Tensor | None:
+    """32 random bits where the tensors are, so that nobody waits for them and graphs draw anew."""
+    if not isinstance(like, Tensor):
         return None
     return torch.randint(-(1 << 31), 1 << 31, (1,), dtype=torch.int32, device=like.device)
 

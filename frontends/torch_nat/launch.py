@@ -34,6 +34,7 @@ _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "fl
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _SEEDS = {torch.int32: "uint32"}
 _WORKSPACE_ALIGNMENT = 256
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
 
 #: How many tensors follow q, k, v or qkv: rpb, additional_keys, additional_values, dropout_seed.
 EXTRAS = 4
@@ -44,60 +45,49 @@ NO_TENSOR = "{} is {}; torch_nat takes torch tensors, natcore other arrays."
 Description = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
 
+#: Shape, strides and dtype of a tensor to be allocated.
+Allocation = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+#: What one call is beside its tensors: window, scale, config, dropout_p.
+Call = tuple[Window, float | None, Config | None, float]
+
+
 class Prepared(NamedTuple):
-    """One call, ready for pointers. ``results`` gives the shape and dtype of each, None where absent."""
+    """One call, ready for pointers."""
 
     executable: backends.Executable
     scale: float  # the default one
     cuda_index: int | None  # None on the CPU
-    results: tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]
+    results: tuple[Allocation | None, ...]  # None where absent
     qkv_step: int  # bytes from q to k and from k to v, where they are packed; else 0
     dqkv_step: int
 
 
-def forward(
-    window: Window,
-    scale: float | None,
-    config: Config | None,
-    dropout_p: float,
-    with_lse: bool,
-    tensors: Sequence[Any],
-) -> tuple[Tensor, Tensor | None]:
-    """out, and lse where asked for. Raises ValueError for anything that is not a valid problem.
+def forward(prepared: Prepared, scale: float | None, tensors: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """out, and lse where it was asked for.
 
     ``tensors``: q, k, v, or one packed [batch, *spatial, 3, heads, head_dim]; then rpb, additional_keys,
-    additional_values, dropout_seed (int32 [1]), each of which may be None.
+    additional_values, dropout_seed (int32 [1]), each of which may be None; as described to `prepare_forward`.
     """
-    described = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
-    prepared = prepare_forward(window, config, dropout_p, with_lse, *described)
-    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    like = tensors[0]
+    # new_empty_strided takes half a microsecond less than new_empty
+    out, lse = [None if r is None else like.new_empty_strided(r[0], r[1], dtype=r[2]) for r in prepared.results]
+    pointers = [0 if t is None else t.data_ptr() for t in (*tensors, out, lse)]
     if prepared.qkv_step:
         _unpack(pointers, 0, prepared.qkv_step)
-    like, (wanted_out, wanted_lse), lse = tensors[0], prepared.results, None
-    assert wanted_out is not None
-    out = like.new_empty(wanted_out[0], dtype=wanted_out[1])
-    pointers.append(out.data_ptr())
-    if wanted_lse is not None:
-        lse = like.new_empty(wanted_lse[0], dtype=wanted_lse[1])
-        pointers.append(lse.data_ptr())
-    else:
-        pointers.append(0)
     run(prepared, scale, pointers, like)
-    return out, lse
+    return out, lse  # pyright: ignore[reportReturnType]  # out is always there
 
 
 def backward(
-    window: Window,
-    scale: float | None,
-    config: Config | None,
-    dropout_p: float,
-    saved: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    tensors: Sequence[Any],
+    call: Call, saved: tuple[Tensor, Tensor, Tensor, Tensor | None], tensors: Sequence[Any]
 ) -> list[Tensor | None]:
     """The gradients of all ``tensors`` but the seed, as in `forward`; None for what was not given.
 
     ``saved``: d_out, out, lse, d_lse. A packed gradient is written directly as one tensor.
     """
+    window, scale, config, dropout_p = call
     d_out, out, lse, d_lse = saved
     d_out, d_lse = readable(d_out), None if d_lse is None else readable(d_lse)
     leading = len(tensors) - EXTRAS
@@ -137,9 +127,19 @@ def readable(gradient: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def prepare_forward(
-    window: Window, config: Config | None, dropout_p: float, with_lse: bool, *descriptions: Description | None
-) -> Prepared:
-    """The call on tensors so described (q, k, v or qkv, and the extras): all checks, the plan, the kernels."""
+    window: Window,
+    config: Config | None,
+    dropout_p: float,
+    with_lse: bool,
+    *descriptions: Description | tuple[()] | None,
+) -> Prepared | None:
+    """The call on tensors so described (q, k, v or qkv, and the extras): all checks, the plan, the kernels.
+
+    None where a tensor is not plain memory on a CPU or a GPU; () describes such a tensor. Raises ValueError
+    for anything that is not a valid problem.
+    """
+    if not all(d is None or (d and d[3].type in ("cpu", "cuda")) for d in descriptions):
+        return None
     return _prepare("forward", window, config, dropout_p, descriptions, ("out", "lse") if with_lse else ("out",))
 
 
@@ -185,7 +185,7 @@ def _prepare(
     if packed is not None and direction == "backward":
         whole = contiguous_strides(tuple(packed[0]))
         views |= {name: q._replace(strides=(*whole[:-3], *whole[-2:])) for name in ("dq", "dk", "dv")}
-        results = ((tuple(packed[0]), packed[2]), *results[3:])
+        results = ((tuple(packed[0]), whole, packed[2]), *results[3:])
     executable = backends.prepare(call_of(direction, problem, views), q.device, config)
     index = None if q.device.type == "cpu" else q.device.index
     return Prepared(executable, problem.default_scale, index, results, *(step * ITEM_SIZES[q.dtype] for step in steps))
@@ -216,8 +216,8 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def allocation(result: View | None) -> tuple[tuple[int, ...], torch.dtype] | None:
-    return None if result is None else (result.shape, _DTYPES[result.dtype])
+def allocation(result: View | None) -> Allocation | None:
+    return None if result is None else (result.shape, result.strides, _DTYPES[result.dtype])
 
 
 def run(prepared: Prepared, scale: float | None, pointers: list[int], like: Tensor) -> None:
@@ -225,10 +225,10 @@ def run(prepared: Prepared, scale: float | None, pointers: list[int], like: Tens
 
     The stream orders every later use of that memory, so it may be freed as soon as this returns.
     """
-    executable, index = prepared.executable, prepared.cuda_index
+    executable, default_scale, index, *_ = prepared
     address, size = 0, executable.workspace_bytes
     if size:
         workspace = like.new_empty(size + _WORKSPACE_ALIGNMENT, dtype=torch.uint8)
         address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-    stream = 0 if index is None else torch._C._cuda_getCurrentRawStream(index)
-    executable(pointers, prepared.scale if scale is None else float(scale), stream, address)
+    stream = 0 if index is None else _current_stream(index)
+    executable(pointers, default_scale if scale is None else float(scale), stream, address)

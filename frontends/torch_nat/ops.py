@@ -85,7 +85,10 @@ def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_c
 def _attention(*args):
     tensors, (kernel_size, stride, dilation, is_causal, scale, config, dropout_p) = args[:-7], args[-7:]
     window = _window(kernel_size, stride, dilation, is_causal)
-    return launch.forward(window, scale, decode_config(config), dropout_p, True, tensors)
+    described = [None if t is None else launch.describe(t) for t in tensors]
+    prepared = launch.prepare_forward(window, decode_config(config), dropout_p, True, *described)
+    assert prepared is not None  # the kernels are registered for CPU and CUDA alone
+    return launch.forward(prepared, scale, tensors)
 
 
 _attention_packed = _attention
@@ -102,7 +105,7 @@ def _attention_packed_backward(d_out, qkv, out, lse, d_lse, *rest):
 def _backward(saved, leading, rpb, keys, values, seed, kernel_size, stride, dilation, is_causal, scale, config, p):
     window = _window(kernel_size, stride, dilation, is_causal)
     tensors = (*leading, rpb, keys, values, seed)
-    gradients = launch.backward(window, scale, decode_config(config), p, saved, tensors)
+    gradients = launch.backward((window, scale, decode_config(config), p), saved, tensors)
     return tuple(saved[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -95,7 +95,7 @@ def _kernel(direction: Direction) -> Callable:
         described = [None if t is None else launch.describe(t) for t in tensors]
         prepared = _prepare(direction, _window(*lists), decode_config(rest[-1]), *described)
         like = tensors[0]
-        results = [None if r is None else like.new_empty(r[0], dtype=r[1]) for r in prepared.results]
+        results = [None if r is None else like.new_empty_strided(r[0], r[1], dtype=r[2]) for r in prepared.results]
         pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
         launch.run(prepared, rest[0] if scaled else 1.0, pointers, like)
         results = [like.new_empty(0) if r is None else r for r in results]

@@ -1,7 +1,7 @@
 """CUDA: plans run through the driver.
 
-A prepared call is a `_Program`: kernel handles, grids and a packing of all parameters into one block
-of memory. Running it again packs the pointers and launches; nothing is hashed, looked up or asked.
+A prepared call is a `CudaExecutable`: kernel handles, grids and a packing of all parameters into one block
+of memory. Running it again packs the pointers and launches; nothing is hashed or looked up.
 """
 
 from __future__ import annotations
@@ -53,80 +53,58 @@ _UNALIGNED = Config("general", (("vector", 1),))
 
 
 class CudaExecutable:
-    """One prepared call on one GPU. Safe to run from many threads at once."""
-
-    def __init__(self, call: Call, device_index: int, config: Config | None) -> None:
-        self._call, self._device_index, self._config = call, device_index, config
-        self._program = _Program(load_plan(call, device_index, config), len(call.operands), device_index)
-        self.workspace_bytes = self._program.workspace_bytes
-        if self._program.alignments and config is None:
-            # The kernels for unaligned pointers share the workspace that is asked for before pointers are known.
-            unaligned = plan_for(call, facts(device_index), _UNALIGNED)
-            self.workspace_bytes = max(self.workspace_bytes, unaligned.workspace_bytes)
-
-    def __call__(self, pointers: Sequence[int], scale: float, stream: int = 0, workspace: int = 0) -> None:
-        """As `natcore.backends.Executable`. Raises ValueError for a misaligned pointer under an explicit config."""
-        program = self._program
-        for index, mask in program.alignments:
-            if pointers[index] & mask:
-                program = self._for_unaligned(index, pointers[index], mask + 1)
-                break
-        program.run(pointers, scale, stream, workspace)
-
-    def _for_unaligned(self, index: int, pointer: int, alignment: int) -> _Program:
-        if self._config is not None:
-            raise ValueError(
-                f"{self._call.operands[index]} lies at {pointer:#x}, not a multiple of the {alignment} bytes that "
-                f"config {self._config} needs. Leave config away, or copy the array."
-            )
-        return _unaligned_program(self._call, self._device_index)
-
-
-@lru_cache(maxsize=1024)
-def _unaligned_program(call: Call, device_index: int) -> _Program:
-    return _Program(load_plan(call, device_index, _UNALIGNED), len(call.operands), device_index)
-
-
-class _Program:
-    """A loaded plan with its parameters laid out for launching.
+    """One prepared call on one GPU. Safe to run from many threads at once.
 
     One block of memory holds every distinct parameter in 8-byte slots: first all operands, then
     workspace addresses, scales and constants. Each launch has an array of pointers into it, which is
     what cuLaunchKernel takes. Launches drop the GIL, so each thread has a block of its own.
     """
 
-    def __init__(self, loaded: LoadedPlan, operands: int, device_index: int) -> None:
-        plan = loaded.plan
-        self.workspace_bytes = plan.workspace_bytes
-        self._device_index = device_index
+    def __init__(self, call: Call, device_index: int, config: Config | None) -> None:
+        self._call, self._device_index, self._config = call, device_index, config
+        loaded = load_plan(call, device_index, config)
         self._local = threading.local()
-        params = list(dict.fromkeys(p for launch in plan.launches for p in launch.params))
-        aligned = {p.index: p.alignment - 1 for p in params if isinstance(p, Operand) and p.alignment > 1}
-        self.alignments = tuple(aligned.items())
-        self._offsets = tuple(p.offset for p in params if isinstance(p, Workspace))
-        self._scales = [p for p in params if isinstance(p, Scale)]
-        codes = "".join({"float32": "f4x", "float64": "d"}[p.dtype] for p in self._scales)
-        self._pack = struct.Struct(f"={operands}Q{len(self._offsets)}Q{codes}").pack_into
-        self._factors = tuple(p.factor for p in self._scales)
-        constants = [p for p in params if isinstance(p, Constant)]
-        starts: dict[Param, int] = {p: 8 * p.index for p in params if isinstance(p, Operand)}
-        slot = operands
-        for p in [p for kind in (Workspace, Scale) for p in params if isinstance(p, kind)]:
-            starts[p], slot = 8 * slot, slot + 1
-        self._constants = []
-        for p in constants:
-            starts[p], slot = 8 * slot, slot + -(-len(p.data) // 8)
-            self._constants.append((starts[p], p.data))
-        self._bytes = 8 * slot
+        self._lay_out(loaded.plan, len(call.operands))
         module = driver()
         # What every launch needs, looked up once.
         self._launch_kernel, self._stream_handle = module.cuLaunchKernel, module.CUstream
         self._current_context, self._context = module.cuCtxGetCurrent, int(primary_context(device_index))
         create = module.CUfunction
         self._launches = tuple(
-            (create(kernel), launch.grid, launch.block, launch.shared_bytes, tuple(starts[p] for p in launch.params))
-            for kernel, launch in zip(loaded.kernels, plan.launches, strict=True)
+            (
+                create(kernel),
+                launch.grid,
+                launch.block,
+                launch.shared_bytes,
+                tuple(map(self._starts.get, launch.params)),
+            )
+            for kernel, launch in zip(loaded.kernels, loaded.plan.launches, strict=True)
         )
+        self.workspace_bytes = loaded.plan.workspace_bytes
+        if self._alignments and config is None:
+            # The kernels for unaligned pointers share the workspace that is asked for before pointers are known.
+            unaligned = plan_for(call, facts(device_index), _UNALIGNED)
+            self.workspace_bytes = max(self.workspace_bytes, unaligned.workspace_bytes)
+
+    def _lay_out(self, plan: Plan, operands: int) -> None:
+        """Where each parameter starts in the block, and how they are packed."""
+        params = list(dict.fromkeys(p for launch in plan.launches for p in launch.params))
+        aligned = {p.index: p.alignment - 1 for p in params if isinstance(p, Operand) and p.alignment > 1}
+        self._alignments = tuple(aligned.items())
+        self._offsets = tuple(p.offset for p in params if isinstance(p, Workspace))
+        scales = [p for p in params if isinstance(p, Scale)]
+        self._factors = tuple(p.factor for p in scales)
+        codes = "".join({"float32": "f4x", "float64": "d"}[p.dtype] for p in scales)
+        self._pack = struct.Struct(f"={operands}Q{len(self._offsets)}Q{codes}").pack_into
+        self._starts: dict[Param, int] = {p: 8 * p.index for p in params if isinstance(p, Operand)}
+        slot = operands
+        for p in [p for kind in (Workspace, Scale) for p in params if isinstance(p, kind)]:
+            self._starts[p], slot = 8 * slot, slot + 1
+        self._constants = []
+        for p in [p for p in params if isinstance(p, Constant)]:
+            self._starts[p], slot = 8 * slot, slot + -(-len(p.data) // 8)
+            self._constants.append((self._starts[p], p.data))
+        self._bytes = 8 * slot
 
     def _make_block(self) -> tuple[bytearray, list[tuple]]:
         """This thread's parameter block and, for each launch, all arguments of cuLaunchKernel around the stream."""
@@ -142,7 +120,12 @@ class _Program:
         self._local.block = block, launches
         return self._local.block
 
-    def run(self, pointers: Sequence[int], scale: float, stream: int, workspace: int) -> None:
+    def __call__(self, pointers: Sequence[int], scale: float, stream: int = 0, workspace: int = 0) -> None:
+        """As `natcore.backends.Executable`. Raises ValueError for a misaligned pointer under an explicit config."""
+        for index, mask in self._alignments:
+            if pointers[index] & mask:
+                self._for_unaligned(index, pointers[index], mask + 1)(pointers, scale, stream, workspace)
+                return
         try:
             block, launches = self._local.block
         except AttributeError:
@@ -166,6 +149,14 @@ class _Program:
             if error:
                 self._recover(error, leading, stream_handle, params)
 
+    def _for_unaligned(self, index: int, pointer: int, alignment: int) -> CudaExecutable:
+        if self._config is not None:
+            raise ValueError(
+                f"{self._call.operands[index]} lies at {pointer:#x}, not a multiple of the {alignment} bytes that "
+                f"config {self._config} needs. Leave config away, or copy the array."
+            )
+        return _unaligned_executable(self._call, self._device_index)
+
     def _recover(self, error: Any, leading: tuple, stream: Any, params: int) -> None:
         """A thread without a current context, or with another GPU's, gets the right one for this launch."""
         if error.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_INVALID_HANDLE"):
@@ -173,6 +164,11 @@ class _Program:
                 (error,) = self._launch_kernel(*leading, stream, params, 0)
         if error:
             raise CudaError(f"launching a kernel on cuda:{self._device_index} failed: {error.name}.")
+
+
+@lru_cache(maxsize=1024)
+def _unaligned_executable(call: Call, device_index: int) -> CudaExecutable:
+    return CudaExecutable(call, device_index, _UNALIGNED)
 
 
 class CudaBackend:

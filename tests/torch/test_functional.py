@@ -9,8 +9,7 @@ from torch.overrides import TorchFunctionMode
 import torch_nat
 from tests.cases import CASES, Case, check, expected, inputs, random_case
 from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, run, tensors_of, to_numpy, to_torch
-from torch_nat import launch
-from torch_nat.eager import is_plain
+from torch_nat import eager, launch
 
 SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
 BY_NAME = {case.name: case for case in CASES}
@@ -206,27 +205,49 @@ class Subclass(torch.Tensor):
     pass
 
 
-def test_what_looks_on_goes_through_the_dispatcher():
+def test_what_looks_on_goes_through_the_dispatcher(monkeypatch: pytest.MonkeyPatch):
     """Each of these must see an operation; a plain call must not pay for one."""
+    direct = []
+    attend = eager.attend
+
+    def recording(*args):
+        results = attend(*args)
+        direct.append(results is not None)
+        return results
+
+    monkeypatch.setattr(eager, "attend", recording)
+
+    def is_direct(*tensors: torch.Tensor, **options) -> bool:
+        direct.clear()
+        torch_nat.na1d(*tensors, 3, **options)
+        assert len(direct) == 1
+        return direct[0]
+
     q = torch.randn(1, 5, 1, 8)
-    assert is_plain((q, q, None))
-    assert is_plain((torch.nn.Parameter(q),))
-    assert not is_plain((q.as_subclass(Subclass),))
-    assert not is_plain((q.to("meta"),))
-    assert not is_plain((torch._neg_view(q),))
-    assert not is_plain((q, None, q.as_subclass(Subclass)))
+    rpb = torch.randn(1, 5)
+    assert is_direct(q, q, q)
+    assert is_direct(q, q, q, rpb=rpb)
+    assert is_direct(torch.nn.Parameter(q), q, q)
+    assert not is_direct(q, q.as_subclass(Subclass), q)
+    assert not is_direct(*[q.to("meta")] * 3)
+    assert not is_direct(q, torch._neg_view(q), q)
+    assert not is_direct(q, q, q, rpb=rpb.as_subclass(Subclass))
     with Looking():
-        assert not is_plain((q,))
+        assert not is_direct(q, q, q)
     with torch.autocast("cpu"):
-        assert not is_plain((q,))
-    with torch.utils._python_dispatch.TorchDispatchMode():
-        assert not is_plain((q,))
+        assert not is_direct(q, q, q)
+    with Recording():
+        assert not is_direct(q, q, q)
     with torch.autograd.forward_ad.dual_level():
-        assert not is_plain((q,))
+        assert not is_direct(q, q, q)
     inside = []
-    torch.vmap(lambda x: inside.append(is_plain((x,))) or x)(q)
-    torch.jit.trace(lambda x: inside.append(is_plain((x,))) or x, (q,), check_trace=False)
+    torch.vmap(lambda x: inside.append(is_direct(x, x, x)) or x)(q[None])
+    torch.func.grad(lambda x: inside.append(is_direct(x, x, x)) or x.sum())(q)
+    torch.jit.trace(lambda x: inside.append(is_direct(x, x, x)) or x, (q,), check_trace=False)
     assert inside and not any(inside)
+    direct.clear()
+    torch.compile(lambda x: torch_nat.na1d(x, x, x, 3), backend="eager")(q)
+    assert not direct  # the compiled call did not come here
 
 
 def test_negative_views_and_subclasses_keep_their_values():

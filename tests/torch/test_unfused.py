@@ -250,7 +250,7 @@ def with_seed(
 ) -> dict[str, np.ndarray]:
     """A run of a case whose seed is not drawn but given."""
     seed = to_torch(arrays["dropout_seed"].view(np.int32), device)
-    monkeypatch.setattr("torch_nat.functional._draw_seed", lambda p, like: seed)
+    monkeypatch.setattr("torch_nat.functional._draw_seed", lambda like: seed)
     x = tensors_of({n: a for n, a in arrays.items() if n != "dropout_seed"}, device)
     optional = {name: x[name] for name in OPTIONAL if name in x}
     leading = [x[n] for n in "qkv"]
