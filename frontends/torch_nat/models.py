@@ -27,7 +27,13 @@ class ConvTokenizer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(_channels_last(x)).permute(0, 2, 3, 1))
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Images ``[B, C, H, W]`` as they lie from here on: nothing then turns a map around, neither convolutions nor the
+    norm after them. torch.compile leaves layouts alone in graphs of so few convolutions."""
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 class ConvDownsampler(nn.Module):
@@ -58,7 +64,7 @@ class PatchEmbed(nn.Module):
         bottom, right = (-extent % self.patch_size for extent in x.shape[2:])
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(_channels_last(x)).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
