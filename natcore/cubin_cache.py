@@ -1,7 +1,8 @@
 """The disk cache of compiled kernels: a folder of self-checking files.
 
 Any number of processes may share it. A damaged entry counts as absent, and without a writable folder
-everything works uncached, with one warning.
+everything works uncached, with one warning. Where all entries together grow beyond `LIMIT_BYTES`, those
+that were used longest ago go.
 
 An entry, ``<key>.cubin``, is sha256(rest) + rest, where rest is one line of JSON (key and resources)
 followed by the cubin.
@@ -9,6 +10,7 @@ followed by the cubin.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+LIMIT_BYTES = 1 << 30  # thousands of kernels
 SCHEMA = 1  # part of every key: a change makes all older entries misses
 
 
@@ -54,7 +57,8 @@ def cache_folder() -> Path:
 def read_entry(key: str) -> Cubin | None:
     """The entry of a key; None where it is absent, unreadable, damaged or another key's."""
     try:
-        data = (cache_folder() / f"{key}.cubin").read_bytes()
+        path = cache_folder() / f"{key}.cubin"
+        data = path.read_bytes()
         digest, rest = data[:32], data[32:]
         if hashlib.sha256(rest).digest() != digest:
             return None
@@ -62,6 +66,8 @@ def read_entry(key: str) -> Cubin | None:
         fields = json.loads(head)
         if fields["key"] != key:
             return None
+        with contextlib.suppress(OSError):  # another user's folder
+            os.utime(path)  # the time of its last use
         resources = fields["resources"]
         return Cubin(image, None if resources is None else Resources(**resources))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
@@ -80,10 +86,33 @@ def write_entry(key: str, cubin: Cubin) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(rest).digest() + rest)
         os.replace(temporary, folder / f"{key}.cubin")
+        _evict(folder)
     except (OSError, RuntimeError) as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         _warn_uncached(type(error).__name__, str(error))
+
+
+def _evict(folder: Path) -> None:
+    """Removes what was used longest ago, and what writers that died left, until the folder is nine tenths full.
+
+    Without a lock: another process may have removed a file before us, or read it just then, which costs a
+    compilation at most.
+    """
+    entries = []
+    for path in [path for path in folder.iterdir() if path.suffix in (".cubin", ".tmp")]:
+        with contextlib.suppress(FileNotFoundError):
+            facts = path.stat()
+            entries.append((facts.st_mtime, facts.st_size, path))
+    total = sum(size for _, size, _ in entries)
+    if total <= LIMIT_BYTES:
+        return
+    for _, size, path in sorted(entries):
+        if total <= LIMIT_BYTES * 9 // 10:
+            return
+        with contextlib.suppress(OSError):  # gone already, or (on Windows) being read
+            path.unlink()
+        total -= size
 
 
 @lru_cache

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,30 @@ def test_a_full_disk_leaves_nothing_behind(cache, monkeypatch):
     with pytest.warns(RuntimeWarning, match="No space left"):
         assert compile_kernel(SMALL).image
     assert not list(cache.iterdir())
+
+
+def test_what_was_used_longest_ago_is_evicted(cache, monkeypatch):
+    def entry(name: str) -> None:
+        cubin_cache.write_entry(name, cubin_cache.Cubin(bytes(1000), None))
+
+    def names() -> set[str]:
+        return {path.name for path in cache.iterdir()}
+
+    monkeypatch.setattr(cubin_cache, "LIMIT_BYTES", 5600)
+    cache.mkdir(exist_ok=True)
+    (cache / "left_by_a_dead_writer.tmp").write_bytes(bytes(1000))
+    (cache / "not_ours.txt").write_bytes(bytes(9000))
+    for name in "abcd":
+        entry(name)
+    ages = {"left_by_a_dead_writer.tmp": 50, "a.cubin": 40, "b.cubin": 30, "c.cubin": 20, "d.cubin": 10}
+    now = time.time()
+    for name, age in ages.items():
+        os.utime(cache / name, (now - age, now - age))
+    assert names() == {*ages, "not_ours.txt"}  # below the limit
+    assert cubin_cache.read_entry("a") is not None  # a was used just now
+    entry("e")
+    assert names() == {"not_ours.txt", "a.cubin", "c.cubin", "d.cubin", "e.cubin"}
+    assert cubin_cache.read_entry("b") is None
 
 
 def _compile_in_process(_: int) -> str:
