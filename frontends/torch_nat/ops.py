@@ -74,7 +74,8 @@ def backward_of(leading: int) -> Callable[..., tuple[Tensor, ...]]:
     return torch.ops.natcore.attention_backward if leading == 3 else torch.ops.natcore.attention_packed_backward
 
 
-def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int]) -> Window:
+def window_of_lists(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int]) -> Window:
+    """From the form that a schema has."""
     flags = tuple(map(bool, is_causal))
     return window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), flags)
 
@@ -84,7 +85,7 @@ def _window(kernel_size: list[int], stride: list[int], dilation: list[int], is_c
 
 def _attention(*args):
     tensors, (kernel_size, stride, dilation, is_causal, scale, config, dropout_p) = args[:-7], args[-7:]
-    window = _window(kernel_size, stride, dilation, is_causal)
+    window = window_of_lists(kernel_size, stride, dilation, is_causal)
     described = [None if t is None else launch.describe(t) for t in tensors]
     prepared = launch.prepare_forward(window, decode_config(config), dropout_p, True, *described)
     assert prepared is not None  # the kernels are registered for CPU and CUDA alone
@@ -103,7 +104,7 @@ def _attention_packed_backward(d_out, qkv, out, lse, d_lse, *rest):
 
 
 def _backward(saved, leading, rpb, keys, values, seed, kernel_size, stride, dilation, is_causal, scale, config, p):
-    window = _window(kernel_size, stride, dilation, is_causal)
+    window = window_of_lists(kernel_size, stride, dilation, is_causal)
     tensors = (*leading, rpb, keys, values, seed)
     gradients = launch.backward((window, scale, decode_config(config), p), saved, tensors)
     return tuple(saved[0].new_empty(0) if gradient is None else gradient for gradient in gradients)

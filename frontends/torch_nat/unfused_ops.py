@@ -21,12 +21,12 @@ from torch import Tensor
 
 from natcore import backends
 from natcore.planning import Config
-from natcore.problem import OPERANDS, RESULTS, Direction, Problem, call_of, check_operand
+from natcore.problem import OPERANDS, RESULTS, Direction, call_of, check_operand
 from natcore.unfused import unfused_problem_of
-from natcore.views import Device, View, contiguous_strides
-from natcore.window import Window, window_of
+from natcore.views import View, contiguous_strides
+from natcore.window import Window
 from torch_nat import launch
-from torch_nat.ops import LIBRARY, decode_config
+from torch_nat.ops import LIBRARY, decode_config, window_of_lists
 from torch_nat.transforms import MAP, RPB, cast_operands, fold, unfold
 
 _WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal"
@@ -61,7 +61,9 @@ _TENSORS = {direction: len(inputs_of(direction)) for direction in SCHEMAS}
 
 
 @lru_cache(maxsize=4096)
-def _problem(direction: Direction, window: Window, *descriptions: launch.Description | None) -> tuple[Problem, dict]:
+def _prepare(
+    direction: Direction, window: Window, config: Config | None, *descriptions: launch.Description | None
+) -> launch.Prepared:
     given = zip(inputs_of(direction), descriptions, strict=True)
     views = {name: None if d is None else launch.view_of(name, d) for name, d in given}
     problem = unfused_problem_of(direction, window, views)
@@ -69,15 +71,6 @@ def _problem(direction: Direction, window: Window, *descriptions: launch.Descrip
     for name, view in views.items():
         if view is not None:
             check_operand(problem, name, view, device)
-    return problem, views
-
-
-@lru_cache(maxsize=4096)
-def _prepare(
-    direction: Direction, window: Window, config: Config | None, *descriptions: launch.Description | None
-) -> launch.Prepared:
-    problem, views = _problem(direction, window, *descriptions)
-    device: Device = next(view.device for view in views.values() if view is not None)
     shapes = {name: problem.shapes[name] for name in RESULTS[direction] if problem.has(name)}
     results = {n: View(0, s, contiguous_strides(s), problem.dtype_of(n), device) for n, s in shapes.items()}
     executable = backends.prepare(call_of(direction, problem, views | results), device, config)
@@ -93,7 +86,7 @@ def _kernel(direction: Direction) -> Callable:
         if direction.endswith("backward"):
             tensors = (launch.readable(tensors[0]), *tensors[1:])
         described = [None if t is None else launch.describe(t) for t in tensors]
-        prepared = _prepare(direction, _window(*lists), decode_config(rest[-1]), *described)
+        prepared = _prepare(direction, window_of_lists(*lists), decode_config(rest[-1]), *described)
         like = tensors[0]
         results = [None if r is None else like.new_empty_strided(r[0], r[1], dtype=r[2]) for r in prepared.results]
         pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
@@ -104,19 +97,13 @@ def _kernel(direction: Direction) -> Callable:
     return kernel
 
 
-def _window(kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> Window:
-    causal = tuple(map(bool, is_causal))
-    return window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), causal)
-
-
 def _fake(direction: Direction) -> Callable:
     """Shapes alone, with the checks of the kernels."""
     count, names = _TENSORS[direction], inputs_of(direction)
 
     def fake(*args: Any) -> Any:
         given = dict(zip(names, args[:count], strict=True))
-        kernel_size, stride, dilation, is_causal = args[count : count + 4]
-        window = Window.of(len(kernel_size), kernel_size, stride, dilation, [bool(c) for c in is_causal])
+        window = window_of_lists(*args[count : count + 4])
         views = {name: None if t is None else launch.view_of(name, launch.describe(t)) for name, t in given.items()}
         problem, like = unfused_problem_of(direction, window, views), args[0]
         results = [
