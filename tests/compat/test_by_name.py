@@ -265,6 +265,33 @@ def test_checks_of_additional_keys_and_packed_sequences():
         checks.check_tile_shape((8, 8.0))
 
 
+def test_what_compiles():
+    """All but packed sequences, whose lengths are read on the host: there the graph breaks, or says so."""
+    q = torch.randn(1, 8, 8, 2, 8)
+    x, h = q.flatten(1, 2), q.movedim(-2, 1)
+    calls = {
+        "na2d": lambda: natten.na2d(q, q, q, 3, backend="cutlass-fna", q_tile_shape=(8, 8)),
+        "attention": lambda: natten.attention(x, x, x, True, return_lse=True),
+        "merge": lambda: natten.merge_attentions([x, -x], [x.sum(-1), x[..., 0]]),
+        "kernel": lambda: natten.backends.na2d_flex(q, q, q, 3),
+        "0.17 fused": lambda: v0_17.functional.na2d(q, q, q, 3),
+        "0.15 unfused": lambda: v0_15.functional.natten2dqk(h, h, 3, 1),
+    }
+    for name, call in calls.items():
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(), call(), msg=lambda text, name=name: f"{name}: {text}")
+    ends = torch.tensor([0, 30, 64], dtype=torch.int32)
+    packed = dict(cumulative_seqlen_Q=ends, cumulative_seqlen_KV=ends, max_seqlen_Q=34, max_seqlen_KV=34)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return natten.attention(2 * x, x, x, **packed) + 1
+
+    torch.testing.assert_close(torch.compile(call, backend="aot_eager")(x), call(x))
+    torch.compiler.reset()  # what is compiled already would be used
+    with pytest.raises(Exception, match="lengths on the host"):
+        torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+
+
 def test_small_utilities(monkeypatch):
     cpu = torch.device("cpu")
     assert device.is_cpu(cpu) and not device.is_cuda(cpu) and not device.is_rocm(cpu) and device.get_device_cc(cpu) == 0

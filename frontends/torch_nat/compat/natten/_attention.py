@@ -59,6 +59,7 @@ def _empty(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.full(query.shape[:-1], -torch.inf, dtype=accumulator, device=query.device)
 
 
+@torch.compiler.disable(reason="attention over packed sequences reads their lengths on the host")
 def attend_packed(
     query: Tensor,
     key: Tensor,
@@ -72,7 +73,7 @@ def attend_packed(
     """Attention within each of several sequences that lie one after the other along the token axis.
 
     ``cumulative``: int32 ``[sequences + 1]`` each, from 0 to the number of tokens. Raises ValueError where
-    they do not describe the tensors, or ``longest`` is shorter than a sequence.
+    they do not describe the tensors, or ``longest`` is shorter than a sequence. torch.compile leaves it out.
     """
     bounds = [boundaries.tolist() for boundaries in cumulative]
     names, tokens_of = ("cumulative_seqlen_Q", "cumulative_seqlen_KV"), (query.shape[1], key.shape[1])
