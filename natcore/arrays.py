@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from natcore import dlpack
-from natcore.views import ITEM_SIZES, Device, View
+from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
 
 #: All that is to be known of an array but its address, as its library says it: a function, and what that
 #: function takes after the operand's name to give the View (with address 0) and whether it is read-only.
@@ -140,7 +140,8 @@ class TorchKind(_DLPackKind):
     def read(self, name: str, array: Any, stream: int | None, foreign: bool) -> Borrowed:
         if array.requires_grad or array.is_neg() or (foreign and self._is_foreign(name, array, stream)):
             return super().read(name, array, stream, foreign)  # refuses or synchronises
-        return array.data_ptr(), (_describe_torch, array.shape, array.stride(), array.dtype, array.device), array
+        strides = array.is_contiguous() or array.stride()  # True is asked for and compared faster than strides
+        return array.data_ptr(), (_describe_torch, array.shape, strides, array.dtype, array.device), array
 
     def _is_foreign(self, name: str, array: Any, stream: int | None) -> bool:
         return stream is not None and stream != self._current_stream(self.device(name, array).index)
@@ -168,8 +169,10 @@ def _torch_device(name: str, device: Any) -> Device:
     return Device(device.type, device.index or 0)
 
 
-def _describe_torch(name: str, shape: Any, strides: tuple[int, ...], dtype: Any, device: Any) -> tuple[View, bool]:
-    return View(0, tuple(shape), strides, str(dtype).removeprefix("torch."), _torch_device(name, device)), False
+def _describe_torch(name: str, shape: Any, strides: Any, dtype: Any, device: Any) -> tuple[View, bool]:
+    shape = tuple(shape)
+    strides = contiguous_strides(shape) if strides is True else strides
+    return View(0, shape, strides, str(dtype).removeprefix("torch."), _torch_device(name, device)), False
 
 
 class CuPyKind(_DLPackKind):

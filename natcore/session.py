@@ -123,14 +123,14 @@ class Session:
 
     def read(self, names: Iterable[str], arrays: Iterable[Any]) -> None:
         """The next operands."""
-        own, stream, given = self.kind, self.stream, self.elsewhere is not None
+        own, like, stream, given = self.kind, type(self.like), self.stream, self.elsewhere is not None
         pointers, signatures, held = self.pointers, self.signatures, self.held
         for name, array in zip(names, arrays, strict=True):
             if array is None:
                 pointers.append(0)
                 signatures.append(None)
                 continue
-            kind = kind_of(name, array)
+            kind = own if type(array) is like else kind_of(name, array)
             pointer, signature, keep = kind.read(name, array, stream, given or kind is not own)
             pointers.append(pointer)
             signatures.append(signature)

@@ -30,11 +30,9 @@ def is_looked_on() -> bool:
     )
 
 
-def describe(tensor: Any) -> launch.Description | tuple[()]:
-    """What `launch.prepare_forward` is to know of a tensor; () where its memory is not all there is to it."""
-    if type(tensor) in _PLAIN_TYPES and not tensor.is_neg():
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-    return ()
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor's memory, on whatever device, is all there is to it."""
+    return type(tensor) in _PLAIN_TYPES and not tensor.is_neg()
 
 
 def attend(call: launch.Call, with_lse: bool, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor | None] | None:
@@ -44,7 +42,14 @@ def attend(call: launch.Call, with_lse: bool, tensors: tuple[Any, ...]) -> tuple
     """
     if is_looked_on():
         return None
-    described = [None if t is None else describe(t) for t in tensors]
+    described = [  # launch.describe written out: microseconds count
+        None
+        if t is None
+        else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device)
+        if type(t) in _PLAIN_TYPES and not t.is_neg()
+        else ()
+        for t in tensors
+    ]
     with_grad = torch.is_grad_enabled() and True in [getattr(t, "requires_grad", False) for t in tensors]
     prepared = launch.prepare_forward(call[0], call[2], call[3], with_lse or with_grad, *described)
     if prepared is None:
@@ -75,7 +80,7 @@ def _gradients(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Te
     if d_out is None:
         d_out = torch.zeros_like(out)
     looked_on = torch.compiler.is_compiling() or is_looked_on()
-    if not looked_on and describe(d_out) and (d_lse is None or describe(d_lse)):
+    if not looked_on and _is_plain(d_out) and (d_lse is None or _is_plain(d_lse)):
         return None, None, *launch.backward(ctx.call, (d_out, out, lse, d_lse), tensors), None
     leading = len(tensors) - launch.EXTRAS
     arguments = ops.window_arguments(*ctx.call)

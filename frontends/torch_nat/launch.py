@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +41,9 @@ EXTRAS = 4
 
 NO_TENSOR = "{} is {}; torch_nat takes torch tensors, natcore other arrays."
 
-#: Shape, strides, dtype and device: all of a tensor but its address.
-Description = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+#: Shape, strides (True: contiguous, which is asked for and compared faster), dtype and device: all of a
+#: tensor but its address.
+Description = tuple[torch.Size, tuple[int, ...] | Literal[True], torch.dtype, torch.device]
 
 
 #: Shape, strides and dtype of a tensor to be allocated.
@@ -60,8 +61,7 @@ class Prepared(NamedTuple):
     scale: float  # the default one
     cuda_index: int | None  # None on the CPU
     results: tuple[Allocation | None, ...]  # None where absent
-    qkv_step: int  # bytes from q to k and from k to v, where they are packed; else 0
-    dqkv_step: int
+    packed: tuple[tuple[int, int], ...] = ()  # of packed tensors, the last first: place, bytes from q to k to v
 
 
 def forward(prepared: Prepared, scale: float | None, tensors: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
@@ -74,8 +74,6 @@ def forward(prepared: Prepared, scale: float | None, tensors: Sequence[Any]) -> 
     # new_empty_strided takes half a microsecond less than new_empty
     out, lse = [None if r is None else like.new_empty_strided(r[0], r[1], dtype=r[2]) for r in prepared.results]
     pointers = [0 if t is None else t.data_ptr() for t in (*tensors, out, lse)]
-    if prepared.qkv_step:
-        _unpack(pointers, 0, prepared.qkv_step)
     run(prepared, scale, pointers, like)
     return out, lse  # pyright: ignore[reportReturnType]  # out is always there
 
@@ -92,14 +90,11 @@ def backward(
     d_out, d_lse = readable(d_out), None if d_lse is None else readable(d_lse)
     leading = len(tensors) - EXTRAS
     inputs = (d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:])
-    described = [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in inputs]
+    described = [None if t is None else describe(t) for t in inputs]
     prepared = prepare_backward(window, config, dropout_p, *described)
     # A gradient has the shape and the dtype of its tensor.
     results = [None if t is None else _empty_like(t, memory_format=_ROW_MAJOR) for t in tensors[:-1]]
     pointers = [0 if t is None else t.data_ptr() for t in (*inputs, *results)]
-    if prepared.qkv_step:
-        _unpack(pointers, len(inputs), prepared.dqkv_step)
-        _unpack(pointers, 1, prepared.qkv_step)
     run(prepared, scale, pointers, d_out)
     return results
 
@@ -107,14 +102,13 @@ def backward(
 _empty_like, _ROW_MAJOR = torch.empty_like, torch.contiguous_format
 
 
-def _unpack(pointers: list[int], at: int, step: int) -> None:
-    """The addresses of q, k and v (or of their gradients) in place of that of the packed tensor."""
-    start = pointers[at]
-    pointers[at : at + 1] = start, start + step, start + 2 * step
-
-
 def describe(tensor: Tensor) -> Description:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype, tensor.device
+
+
+def _strides(description: Description) -> tuple[int, ...]:
+    shape, strides, *_ = description
+    return contiguous_strides(tuple(shape)) if isinstance(strides, bool) else strides
 
 
 def readable(gradient: Tensor) -> Tensor:
@@ -181,34 +175,37 @@ def _prepare(
         present = name in wanted and problem.has(name)
         views[name] = View(0, shape, contiguous_strides(shape), dtype, q.device) if present else None
     results = tuple(allocation(views[name]) for name in RESULTS[direction])
-    steps = (0, 0) if packed is None else (packed[1][-3], prod(q.shape[-2:]))
+    steps = () if packed is None else ((at, _strides(packed)[-3]),)
     if packed is not None and direction == "backward":
+        steps = ((len(inputs) - 2, prod(q.shape[-2:])), *steps)
         whole = contiguous_strides(tuple(packed[0]))
         views |= {name: q._replace(strides=(*whole[:-3], *whole[-2:])) for name in ("dq", "dk", "dv")}
         results = ((tuple(packed[0]), whole, packed[2]), *results[3:])
     executable = backends.prepare(call_of(direction, problem, views), q.device, config)
     index = None if q.device.type == "cpu" else q.device.index
-    return Prepared(executable, problem.default_scale, index, results, *(step * ITEM_SIZES[q.dtype] for step in steps))
+    in_bytes = tuple((place, step * ITEM_SIZES[q.dtype]) for place, step in steps)
+    return Prepared(executable, problem.default_scale, index, results, in_bytes)
 
 
 def split_packed(rank: int, qkv: Description) -> tuple[Description, Description, Description]:
     """The descriptions of q, k and v inside qkv [batch, *spatial, 3, heads, head_dim]."""
-    shape, strides, dtype, device = qkv
+    shape, _, dtype, device = qkv
     check_packed(rank, shape)
+    strides = _strides(qkv)
     part = (torch.Size((*shape[:-3], *shape[-2:])), (*strides[:-3], *strides[-2:]), dtype, device)
     return part, part, part
 
 
 def view_of(name: str, description: Description) -> View:
     """What natcore checks of one tensor; the address is left out."""
-    shape, strides, dtype, device = description
+    shape, _, dtype, device = description
     if name == "dropout_seed":
-        return View(
-            0, tuple(shape), tuple(strides), _SEEDS.get(dtype, str(dtype)), Device(device.type, device.index or 0)
-        )
-    if dtype not in _NAMES:
+        known = _SEEDS.get(dtype, str(dtype))
+    elif dtype in _NAMES:
+        known = _NAMES[dtype]
+    else:
         raise ValueError(f"{name} has dtype {dtype}; supported are {', '.join(map(str, _NAMES))}.")
-    return View(0, tuple(shape), tuple(strides), _NAMES[dtype], Device(device.type, device.index or 0))
+    return View(0, tuple(shape), tuple(_strides(description)), known, Device(device.type, device.index or 0))
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -225,7 +222,10 @@ def run(prepared: Prepared, scale: float | None, pointers: list[int], like: Tens
 
     The stream orders every later use of that memory, so it may be freed as soon as this returns.
     """
-    executable, default_scale, index, *_ = prepared
+    executable, default_scale, index, _, packed = prepared
+    for place, step in packed:
+        start = pointers[place]
+        pointers[place : place + 1] = start, start + step, start + 2 * step
     address, size = 0, executable.workspace_bytes
     if size:
         workspace = like.new_empty(size + _WORKSPACE_ALIGNMENT, dtype=torch.uint8)

@@ -75,7 +75,7 @@ def _prepare(
     results = {n: View(0, s, contiguous_strides(s), problem.dtype_of(n), device) for n, s in shapes.items()}
     executable = backends.prepare(call_of(direction, problem, views | results), device, config)
     allocations = tuple(launch.allocation(results.get(name)) for name in RESULTS[direction])
-    return launch.Prepared(executable, 1.0, None if device.type == "cpu" else device.index, allocations, 0, 0)
+    return launch.Prepared(executable, 1.0, None if device.type == "cpu" else device.index, allocations)
 
 
 def _kernel(direction: Direction) -> Callable:
