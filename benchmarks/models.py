@@ -7,6 +7,11 @@ cross-entropy, backward and AdamW (fused on CUDA), at the same drop path rate fo
 over blocks of steps by the host's clock, the device synchronised at the ends of a block, so launch gaps count.
 "eager" is the model as it stands, "compiled" torch.compile with its defaults (NAT with fullgraph=True), "graphs"
 torch.compile with CUDA graphs (mode="reduce-overhead"). jax_nat's model runs in a process of its own, under jit.
+
+What torch compiles is compiled beforehand, every model and run in a process of its own, all at once; the figures
+then come one after the other, alone on the device, the most wanted first, and each is written as it comes. "First
+step" is that of the measuring process, which finds compiled code in the cache; choices that were timed while others
+were at work (tuning of Triton's kernels) are forgotten in between.
 """
 
 from __future__ import annotations
@@ -15,8 +20,10 @@ import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -31,6 +38,9 @@ from natcore.models import MODELS
 
 _DROP_PATH = 0.2
 _COMPILED = {"compiled": None, "graphs": "reduce-overhead"}
+RUNS = ("inference:compiled", "training:compiled", "inference:graphs", "inference:eager")
+MORE_RUNS = ("training:graphs", "training:eager")
+_COMPILING = 0.45  # of the budget, at most
 CHANNELS_LAST = "@channels_last"
 JAX = "jax:"
 
@@ -120,6 +130,11 @@ class Bench:
         except Exception as error:  # noqa: BLE001 - one model that fails must not end the run
             figure.error = f"{type(error).__name__}: {error}".splitlines()[0][:160].replace("|", "/")
 
+    def warm(self, figure: ModelFigure) -> None:
+        """One step, for what it compiles."""
+        (self._inference if figure.job == "inference" else self._training)(figure.model, figure.mode)()
+        self.wait()
+
     def _model(self, name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, bool]:
         plain = name.removesuffix(CHANNELS_LAST)
         layout = torch.channels_last if plain != name else torch.contiguous_format
@@ -155,18 +170,45 @@ class Bench:
         return step
 
 
-def measure_jax(figure: ModelFigure, options: argparse.Namespace) -> None:
+def compile_ahead(figures: list[ModelFigure], options: argparse.Namespace, deadline: float) -> list[str]:
+    """Steps of all figures that compile, each in a process of its own, at once. Returns what did not come in time
+    or failed: that is then compiled, and its error shown, where it is measured."""
+    wanted = [f for f in figures if f.mode in _COMPILED]
+    threads = max(1, (os.cpu_count() or 1) // max(len(wanted), 1))
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    running = []
+    for f in wanted:
+        command = [sys.executable, "-m", "benchmarks.models", "--warm", f"{f.job}:{f.mode}", "--models", f.model]
+        command += ["--batch", str(options.batch), "--image-size", str(options.image_size), "--device", options.device]
+        quiet = subprocess.DEVNULL
+        running.append(subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True))
+    late = []
+    for figure, process in zip(wanted, running, strict=True):
+        try:
+            failed = process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            failed = True
+        late += [f"{figure.model} {figure.job} {figure.mode}"] if failed else []
+    for tuned in Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).rglob("*.best_config"):
+        tuned.unlink(missing_ok=True)
+    return late
+
+
+def measure_jax(figure: ModelFigure, options: argparse.Namespace, deadline: float) -> None:
     """jax_nat's model in a process of its own: two frameworks would fight over the memory."""
     name = figure.model.removeprefix(JAX)
     command = [sys.executable, "-m", "benchmarks.jax_model", name, str(options.batch), str(options.image_size)]
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if options.device == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
+    limit = min(600.0, max(deadline - time.monotonic(), 0) + 60)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
         found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     except subprocess.TimeoutExpired:
-        figure.error = "no answer within 600 s"
+        figure.error = f"no answer within {limit:.0f} s"
         return
     if found is None:
         figure.error = (done.stderr.strip().splitlines() or ["no message"])[-1][:160].replace("|", "/")
@@ -199,22 +241,33 @@ def page(report: ModelReport) -> str:
     head = ["model", "job", "mode", "images / s", *(f"x {name} compiled" for name, _ in against)]
     lines = ["# Whole models", "", *reports.machine_lines(report.machine)]
     lines += reports.table([*head, "peak GiB", "first step s"], rows)
-    return "\n".join([*lines, "", *(f"- Left out: {note}" for note in report.notes), ""])
+    return "\n".join([*lines, "", *(f"- {note}" for note in report.notes), ""])
 
 
 def main(arguments: list[str] | None = None) -> ModelReport:
     options = _parser().parse_args(arguments)
     torch.backends.cudnn.benchmark = True
+    started = time.monotonic()
+    bench = Bench(options)
+    if options.warm:
+        job, mode = options.warm.split(":")
+        bench.warm(ModelFigure(options.models[0], job, mode))
+        return ModelReport({})
     words = sys.argv[1:] if arguments is None else arguments
     report = ModelReport(reports.machine(reports.command_of("benchmarks.models", words), options.commit))
-    bench = Bench(options)
-    for figure in _figures(options):
+    figures = _figures(options)
+    if options.compile_ahead:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp())
+        late = compile_ahead(figures, options, started + min(_COMPILING * options.budget_seconds, 600))
+        report.notes += [f"{name} was not compiled ahead" for name in late]
+        print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
+    for figure in figures:
         if time.monotonic() > bench.deadline:
             report.notes.append(f"{figure.model} {figure.job} {figure.mode}: the time budget was spent")
             continue
         report.figures.append(figure)
-        measure_jax(figure, options) if figure.model.startswith(JAX) else bench.measure(figure)
-        print(asdict(figure), flush=True)
+        measure_jax(figure, options, bench.deadline) if is_jax(figure.model) else bench.measure(figure)
+        print(f"{time.monotonic() - started:.0f} s", asdict(figure), flush=True)
         if options.out:
             reports.write(asdict(report), options.out, options.name, page(report))
     print(page(report))
@@ -222,16 +275,18 @@ def main(arguments: list[str] | None = None) -> ModelReport:
 
 
 def _figures(options: argparse.Namespace) -> list[ModelFigure]:
+    """In the order of the runs; jax_nat's, inference alone, before CUDA graphs and eager calls."""
     figures = [
-        ModelFigure(model, job, mode)
-        for job in options.jobs
-        for mode in options.modes
-        for model in options.models
-        if not model.startswith(JAX)
+        ModelFigure(model, *run.split(":")) for run in options.runs for model in options.models if not is_jax(model)
     ]
-    if "inference" in options.jobs:
-        figures += [ModelFigure(model, "inference", "jit") for model in options.models if model.startswith(JAX)]
+    if any(run.startswith("inference") for run in options.runs):
+        place = next((i for i, f in enumerate(figures) if f.mode != "compiled"), len(figures))
+        figures[place:place] = [ModelFigure(model, "inference", "jit") for model in options.models if is_jax(model)]
     return figures
+
+
+def is_jax(model: str) -> bool:
+    return model.startswith(JAX)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,8 +294,12 @@ def _parser() -> argparse.ArgumentParser:
     models = ["nat_tiny", "swin_tiny_patch4_window7_224", "convnext_tiny", f"{JAX}nat_tiny"]
     text = f"names of torch_nat or timm; {CHANNELS_LAST} after a name sets its layout, {JAX} before it takes jax_nat's"
     parser.add_argument("--models", nargs="+", default=models, help=text)
-    parser.add_argument("--jobs", nargs="+", default=["inference", "training"], choices=["inference", "training"])
-    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", *_COMPILED])
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=[*RUNS, *MORE_RUNS])
+    parser.add_argument(
+        "--compile-ahead", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="compile in processes of their own first (with a GPU, the default)",
+    )  # fmt: skip
+    parser.add_argument("--warm", choices=[*RUNS, *MORE_RUNS], help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="what is left then is skipped")

@@ -258,7 +258,8 @@ def test_models_are_measured_and_compared(tmp_path, monkeypatch):
         return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(288, 1000))
 
     monkeypatch.setattr(models, "build", build)
-    arguments = ["--device", "cpu", "--modes", "eager", "--batch", "2", "--image-size", "8", "--out", str(tmp_path)]
+    arguments = ["--device", "cpu", "--batch", "2", "--image-size", "8", "--out", str(tmp_path)]
+    arguments += ["--runs", "inference:eager", "training:eager"]
     kept = models.main([*arguments, "--models", "nat_mini", "absent"])
     assert [(f.model, f.job) for f in kept.figures] == [
         *(("nat_mini", "inference"), ("absent", "inference")),
@@ -283,6 +284,39 @@ def test_model_page_has_ratios_to_the_compiled_peers():
     assert "| nat_tiny | inference | compiled | 12,000 | 1.50 | 1.50 | 30.0 |" in page
     assert "| swin | inference | eager | 4,000 | 0.50 |" in page
     assert "| jax:nat_tiny | inference | jit | no GPU |" in page
+
+
+def test_the_most_wanted_model_figures_come_first():
+    figures = models._figures(models._parser().parse_args(["--models", "nat_tiny", "swin", "jax:nat_tiny"]))
+    assert [(f.model, f.job, f.mode) for f in figures] == [
+        *((name, job, "compiled") for job in ("inference", "training") for name in ("nat_tiny", "swin")),
+        ("jax:nat_tiny", "inference", "jit"),
+        *((name, "inference", mode) for mode in ("graphs", "eager") for name in ("nat_tiny", "swin")),
+    ]
+
+
+def test_compiling_ahead_forgets_what_was_tuned(tmp_path, monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, command: list[str], **_: object) -> None:
+            started.append(command[command.index("--warm") :][:4])
+
+        def wait(self, timeout: float) -> int:
+            return len(started) - 1 if timeout > 0 else 0
+
+    monkeypatch.setattr(models.subprocess, "Popen", Process)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    for name in ("kernel.best_config", "kernel.py"):
+        (tmp_path / "ab" / name).touch()
+    options = models._parser().parse_args(["--models", "nat_tiny", "jax:nat_tiny", "--runs", "inference:compiled"])
+    assert models.compile_ahead(models._figures(options), options, time.monotonic() + 9) == []
+    assert started == [["--warm", "inference:compiled", "--models", "nat_tiny"]]
+    assert [path.name for path in (tmp_path / "ab").iterdir()] == ["kernel.py"]
+    options.models = ["nat_tiny", "swin"]
+    late = models.compile_ahead(models._figures(options), options, time.monotonic() + 9)
+    assert late == ["nat_tiny inference compiled", "swin inference compiled"]
 
 
 def test_latency_counts_one_call():
