@@ -15,17 +15,16 @@ from torch.nn import functional as F
 
 from torch_nat.dense.detection import COCO, PyramidBackbone, common_options, mask_modules
 from torch_nat.dense.variants import dense_backbone
-from torch_nat.dense.vision import (
-    FastRCNNConvFCHead,
-    FastRCNNPredictor,
-    MaskRCNN,
-    RoIHeads,
-    clip_boxes_to_image,
-    generalized_box_iou_loss,
-    maskrcnn_inference,
-    maskrcnn_loss,
-)
+from torch_nat.dense.vision import torchvision_missing
 from torch_nat.models import NAT
+
+try:
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+    from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+    from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
+except (ImportError, RuntimeError) as error:
+    raise torchvision_missing(error) from error
 
 Targets = list[dict[str, Tensor]]
 Shapes = list[tuple[int, int]]
@@ -152,8 +151,9 @@ class CascadeMaskRCNN(MaskRCNN):
         placeholders = {name: nn.Identity() for name in names}  # for what the stages bring themselves
         settings: dict[str, Any] = {**common_options(backbone), **placeholders, **options}
         super().__init__(PyramidBackbone(backbone, channels), **settings)
-        single: RoIHeads = self.roi_heads
-        self.roi_heads = CascadeRoIHeads([_stage(rule, single, channels, num_classes) for rule in STAGES])
+        single = self.roi_heads
+        heads: Any = CascadeRoIHeads([_stage(rule, single, channels, num_classes) for rule in STAGES])
+        self.roi_heads = heads
 
 
 def cascade_mask_rcnn(

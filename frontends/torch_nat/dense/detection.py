@@ -15,20 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from torch_nat.dense.variants import dense_backbone, strides, widths
-from torch_nat.dense.vision import (
-    AnchorGenerator,
-    FastRCNNPredictor,
-    FeaturePyramidNetwork,
-    ImageList,
-    LastLevelMaxPool,
-    MaskRCNN,
-    MaskRCNNHeads,
-    MaskRCNNPredictor,
-    MultiScaleRoIAlign,
-    TwoMLPHead,
-    roi_align,
-)
+from torch_nat.dense.vision import torchvision_missing
 from torch_nat.models import NAT
+
+try:
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+    from torchvision.models.detection.image_list import ImageList
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
+    from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+except (ImportError, RuntimeError) as error:
+    raise torchvision_missing(error) from error
 
 #: Classes of COCO, without the background.
 COCO = 80
@@ -140,10 +139,12 @@ def mask_rcnn(
     `torch_nat.dense.dense_backbone`. Raises ValueError for an unknown name or a backbone without a pyramid of maps.
     """
     body = dense_backbone("mask_rcnn", backbone)
-    published: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "rpn_post_nms_top_n_train": 1000,
         "box_head": TwoMLPHead(channels * 7**2, 4 * channels),
         "box_predictor": FastRCNNPredictor(4 * channels, num_classes + 1),
+        **common_options(body),
+        **mask_modules(channels, num_classes),
+        **options,
     }
-    pyramid = PyramidBackbone(body, channels)
-    return MaskRCNN(pyramid, **(published | common_options(body) | mask_modules(channels, num_classes) | options))
+    return MaskRCNN(PyramidBackbone(body, channels), **settings)
