@@ -53,7 +53,7 @@ class ModelFigure:
     job: str
     mode: str
     images_per_second: float | None = None
-    peak_gib: float | None = None
+    peak_gib: float | None = None  # of the steps after the first
     first_step_seconds: float | None = None  # compilation included
     error: str | None = None
 
@@ -125,6 +125,8 @@ class Bench:
             step()
             self.wait()
             figure.first_step_seconds = time.perf_counter() - start
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()  # the first step also tries out algorithms
             figure.images_per_second = images_per_second(step, self.wait, self.batch)
             figure.peak_gib = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         except Exception as error:  # noqa: BLE001 - one model that fails must not end the run

@@ -24,16 +24,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.configs import alternatives
+from benchmarks.configs import alternatives, compiled
 from natcore.backends import prepare
-from natcore.compiling import compile_kernels
 from natcore.device import check as checked
 from natcore.device import current, driver, facts
 from natcore.planning import CANDIDATES, Config, DeviceFacts, candidates, plan_for
@@ -272,8 +273,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.out or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     planned = {direction: jobs(direction, facts(0)) for direction in DIRECTIONS}
-    calls = [(job.call, job.config) for found in planned.values() for job in found]
-    compile_kernels({launch.kernel for call, config in calls for launch in plan_for(call, facts(0), config).launches})
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:  # into the disk cache, for all processes
+        every = [job for found in planned.values() for job in found]
+        list(pool.map(compiled, [job.call for job in every], repeat(facts(0)), [[job.config] for job in every]))
     wanted = [(t, d, None, s, planned[d][s::SHARDS]) for t in options.tools for d in DIRECTIONS for s in range(SHARDS)]
     wanted += [(t, "forward", FAULTS[t], 0, planned["forward"][:1]) for t in options.tools if t in FAULTS]
     processes = [start(*which, folder) for which in wanted]

@@ -203,10 +203,14 @@ def judge(build: Build, special: Specialised, rng: np.random.Generator, number: 
     if rng.random() < 0.3:
         host["d_lse"] = np.zeros_like(host["d_lse"])
         del arrays["d_lse"]
-    for direction in served:
-        run(direction, case, arrays, special.configs[direction])
-    results = {n: arrays[n].get() for d in served for n in RESULTS[d] if n in arrays}
-    check(case, build.dtype, host, results, saved_out=case.outliers)
+    try:
+        for direction in served:
+            run(direction, case, arrays, special.configs[direction])
+        results = {n: arrays[n].get() for d in served for n in RESULTS[d] if n in arrays}
+        check(case, build.dtype, host, results, saved_out=case.outliers)
+    except AssertionError as error:
+        strides = {n: a.view.strides for n, a in arrays.items()}
+        raise AssertionError(f"problem {number}: {str(error).splitlines()[0]}; {case}; strides {strides}") from error
     return True
 
 
@@ -226,11 +230,16 @@ def test_random_problems(build: Build) -> None:
     special = specialise(build)
     compile_kernels(special.kernels["forward"] | special.kernels["backward"])
     rng, served, drawn = np.random.default_rng(build.seed), 0, 0
-    wanted = -(-PROBLEMS // len(BUILDS))
+    wanted, failures = -(-PROBLEMS // len(BUILDS)), []
     while served < wanted and drawn < 10 * wanted:
-        served += judge(build, special, rng, drawn)
+        try:
+            served += judge(build, special, rng, drawn)
+        except AssertionError as error:
+            failures.append(str(error))
+            served += 1
         drawn += 1
     assert served == wanted, f"{build.name}: of {drawn} problems only {served} were for {special.configs}"
+    assert not failures, f"{len(failures)} of {served} with {special.configs}:\n" + "\n".join(failures[:5])
 
 
 REPEATED = [
