@@ -5,14 +5,23 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from itertools import product
 from math import ceil, inf, prod
 from typing import Any
 
 from natcore.compiling import compile_kernel
 from natcore.errors import CompileError
-from natcore.planning import Candidate, Config, DeviceFacts, banded_cost, candidates, plan_for, tiled, tiling_cost
+from natcore.planning import (
+    Candidate,
+    Config,
+    DeviceFacts,
+    banded_cost,
+    candidates,
+    marching_cost,
+    plan_for,
+    tiled,
+    tiling_cost,
+)
 from natcore.planning.tiling import Geometry as TiledGeometry
 from natcore.problem import Call
 
@@ -117,8 +126,7 @@ def _banded(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
 
 
 def _marching(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
-    marching_cost = import_module("natcore.planning.marching_cost")
-    for g in marching_cost._geometries(call.problem, facts, {}):
+    for g in marching_cost.geometries(call.problem, facts, {}):
         yield marching_cost.cost(g, facts), g
 
 
@@ -129,8 +137,6 @@ _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
 }
 _CHOSEN: dict[str, Callable[[Call, DeviceFacts], Any]] = {
     "tiled": lambda call, facts: tiled.configured(call, facts, {}),
-    "marching": lambda call, facts: import_module("natcore.planning.marching_cost").choose_geometry(
-        call.problem, facts, {}
-    ),
+    "marching": lambda call, facts: marching_cost.choose_geometry(call.problem, facts, {}),
     "banded": lambda call, facts: banded_cost.choose_geometry(call.problem, facts, {}),
 }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from natcore import reference
 from natcore.backends import prepare
-from natcore.planning import Config, facts_for_arch, plan_for, tiled, tiling
+from natcore.planning import Config, facts_for_arch, marching, plan_for, tiled, tiling
 from natcore.problem import OPERANDS, Call, call_of, problem_of
 from natcore.views import Device, View, contiguous_strides
 from tests.cases import CASES, Case, check, inputs, random_case
@@ -107,11 +107,13 @@ def test_windows_agree_with_the_reference() -> None:
 
 
 def test_planner_prefers_it() -> None:
-    """The tiled kernel takes what it can; the general kernel takes the rest."""
+    """The marching kernel takes wide maps, the tiled kernel all others it can; the general kernel takes the rest."""
     for case in ABLE:
         if case.batch:
+            wide = case.rank == 2 and case.spatial[1] // case.window.dilation[1] >= marching.LEAST_COLUMNS
             launches = plan_for(call_for(case, "float16"), FACTS).launches
-            assert [launch.kernel.name for launch in launches] == ["tiled_forward"], case.name
+            expected = "marching_forward" if wide else "tiled_forward"
+            assert [launch.kernel.name for launch in launches] == [expected], case.name
     assert plan_for(call_for(ABLE[0], "float32"), FACTS).launches[0].kernel.name == "general_forward"
     with pytest.raises(NotImplementedError, match="float16 and bfloat16"):
         plan_for(call_for(ABLE[0], "float32"), FACTS, Config("tiled"))

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from natcore.planning import banded, general, tiled
+from natcore.planning import banded, general, marching, tiled
 from natcore.planning.plan import (
     Candidate,
     Config,
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 #: Every way to run a call, the preferred first. The general kernels, last, take every valid problem.
-CANDIDATES: tuple[Candidate, ...] = (tiled.CANDIDATE, banded.CANDIDATE, general.CANDIDATE)
+CANDIDATES: tuple[Candidate, ...] = (marching.CANDIDATE, tiled.CANDIDATE, banded.CANDIDATE, general.CANDIDATE)
 
 
 def candidates(call: Call, facts: DeviceFacts) -> tuple[Candidate, ...]:

@@ -9,6 +9,7 @@
 // lies there twice, the second copy one float on, so that every pair is aligned in one of them.
 #pragma once
 
+#include "common/scale.cuh"
 #include "common/tiles.cuh"
 
 __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
@@ -16,19 +17,6 @@ __device__ __forceinline__ float negative_infinity() { return __int_as_float(0xf
 constexpr bool PAIRS = HALO_2 % 2 == 0 && TABLE_ROW % 2 == 0;
 constexpr int COPIES = PAIRS ? 2 : 1;
 constexpr int TABLES = 2 * COPIES * TABLE_COPY;  // floats
-
-// scale = query * unit: S starts from bias / unit and softmax takes exp(unit S). The unit is positive and
-// never tiny; a scale that is negative or tiny goes into the queries instead, sign or all of it.
-struct ScaleParts {
-  float query = 1.f, unit, bias;
-  __device__ __forceinline__ explicit ScaleParts(float scale) {
-    unit = fabsf(scale);
-    if (scale < 0.f) query = -1.f;
-    if (unit < 1.f / 4096.f) query = scale, unit = 1.f;
-    bias = 1.f / unit;
-    unit *= LOG2_E;
-  }
-};
 
 // The masked table, then the other one; entry (d0, d1, d2) is of the differences d_a + first_difference_of(a).
 __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rpb, const Layout& s, float factor) {

@@ -22,6 +22,7 @@
 // SLOT_PLANE, and in floats, TABLE_ROW, TABLE_COPY.
 #pragma once
 
+#include "common/shared_rows.cuh"
 #include "common/types.cuh"
 #include "common/window.cuh"
 
@@ -31,8 +32,6 @@ using BiasElement = RPB;
 #else
 using BiasElement = float32;  // of a null pointer
 #endif
-
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 __device__ constexpr int of_axis(int a, int x0, int x1, int x2) { return a == 0 ? x0 : a == 1 ? x1 : x2; }
 #define NATCORE_PER_AXIS(NAME, CONSTANT) \
@@ -54,19 +53,6 @@ constexpr int KEYS = HALO_0 * HALO_1 * HALO_2;
 constexpr int BLOCKS = (KEYS + 7) / 8;
 constexpr int D_CHUNKS = HEAD_DIM / 8, D_STEPS = (HEAD_DIM + 15) / 16, V_TILES = HEAD_DIM_V / 8;
 constexpr int SLOTS = (SPAN_0 - 1) * SLOT_PLANE + (SPAN_1 - 1) * SLOT_ROW + SPAN_2;
-
-// Rows of D elements in shared memory, eight of which, at numbers that differ modulo 8, hold a chunk
-// each in different banks. Rows of 2, 4, 8, ... chunks permute them; others have an odd number of chunks.
-template <int D>
-struct Rows {
-  static constexpr int CHUNKS = D / 8;
-  static constexpr bool PERMUTED = CHUNKS > 1 && (CHUNKS & (CHUNKS - 1)) == 0;
-  static constexpr int PITCH = (PERMUTED ? CHUNKS : CHUNKS | 1) * 16;  // bytes
-  // Bytes from the row's start to its c-th chunk.
-  static __device__ __forceinline__ int chunk(int row, int c) {
-    return (PERMUTED ? c ^ (CHUNKS >= 8 ? row & 7 : row % 8 / (8 / CHUNKS)) : c) * 16;
-  }
-};
 
 constexpr int K_PITCH = Rows<HEAD_DIM>::PITCH, V_PITCH = Rows<HEAD_DIM_V>::PITCH;
 constexpr int SPAN = SLOTS * (K_PITCH + V_PITCH);                        // bytes of K and V of a region

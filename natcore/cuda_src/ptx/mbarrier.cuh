@@ -27,3 +27,8 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
       : "memory");
 #endif
 }
+
+// As __syncthreads, for `threads` threads, whole warps, that name the same barrier, 1 to 15.
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
