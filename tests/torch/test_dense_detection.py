@@ -341,7 +341,7 @@ def _their_masks(state: dict[str, Tensor], mask: str, y: Tensor) -> Tensor:
 def test_overfitting_a_detection(task, one_thread):  # noqa: F811
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    scenes = [example.scene(digits.load(40, 10)[0], rng) for _ in range(2)]
+    scenes = [example.scene(digits.load(40, 10)[0], rng, most=3) for _ in range(2)]
     model = example.make(task, box_batch_size_per_image=32)
     before = example.f1(example.predict(model, scenes), scenes)
     history = example.train(model, [scenes] * 60)

@@ -62,8 +62,8 @@ class CascadeStage(RoIHeads):
 
     def masks(self, features: dict[str, Tensor], boxes: list[Tensor], shapes: Shapes) -> Tensor:
         """Mask logits ``[N, num_classes + 1, 28, 28]`` of all images' boxes."""
-        assert self.mask_roi_pool is not None and self.mask_head is not None and self.mask_predictor is not None
-        return self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, shapes)))
+        heads: Any = self  # which for torchvision may come without masks
+        return heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(features, boxes, shapes)))
 
     def decoded(self, offsets: Tensor, proposals: list[Tensor], labels: Tensor) -> Tensor:
         """The box ``[N, 4]`` of each proposal under its label."""
