@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import natcore
+from natcore import arrays
 from tests.cases import CASES, Case, check, inputs, numpy_dtype
 
 SOME = [
@@ -87,6 +88,40 @@ def test_out_is_written_in_place():
     assert natcore.na2d(**x, kernel_size=3, out=out) is out
     np.testing.assert_array_equal(out, expected)
     assert np.isnan(memory[:, :, :, 0]).all()
+
+
+def test_an_lse_that_nobody_asked_for_is_not_made(monkeypatch):
+    made = []
+    empty = arrays.NumPyKind.empty
+
+    def recording(self, shape, *rest):
+        made.append(shape)
+        return empty(self, shape, *rest)
+
+    monkeypatch.setattr(arrays.NumPyKind, "empty", recording)
+    q = np.random.default_rng(0).standard_normal((1, 6, 2, 8)).astype(np.float32)
+    out = natcore.na1d(q, q, q, 3)
+    assert made == [q.shape]
+    np.testing.assert_array_equal(natcore.na1d(q, q, q, 3, return_lse=True)[0], out)
+    assert made == [q.shape, q.shape, q.shape[:-1]]
+
+
+def test_what_is_remembered_is_still_checked():
+    """Equal to what was valid is not valid: types, strides, devices and the like belong to what is looked up."""
+    q = np.zeros((1, 6, 2, 8), np.float32)
+    natcore.na1d(q, q, q, 3)
+    natcore.na1d(q, q, q, 1)
+    for kernel_size in (3.0, True):
+        with pytest.raises(ValueError, match="kernel_size on axis 0 must be int"):
+            natcore.na1d(q, q, q, kernel_size)
+    wide = np.zeros((1, 6, 2, 16), np.float32)
+    with pytest.raises(ValueError, match="k has stride 2 on its last axis"):
+        natcore.na1d(q, wide[..., ::2], q, 3)
+    natcore.na1d(q, q, q, 3, out=np.empty_like(q))
+    frozen = np.empty_like(q)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="out is read-only"):
+        natcore.na1d(q, q, q, 3, out=frozen)
 
 
 def test_any_strides_and_read_only_inputs():

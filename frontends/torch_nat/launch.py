@@ -132,9 +132,10 @@ def prepare_forward(
     None where a tensor is not plain memory on a CPU or a GPU; () describes such a tensor. Raises ValueError
     for anything that is not a valid problem.
     """
-    if not all(d is None or (d and d[3].type in ("cpu", "cuda")) for d in descriptions):
+    plain = [d for d in descriptions if d is None or (d and d[3].type in ("cpu", "cuda"))]
+    if len(plain) < len(descriptions):
         return None
-    return _prepare("forward", window, config, dropout_p, descriptions, ("out", "lse") if with_lse else ("out",))
+    return _prepare("forward", window, config, dropout_p, tuple(plain), ("out", "lse") if with_lse else ("out",))
 
 
 @lru_cache(maxsize=4096)

@@ -70,16 +70,10 @@ class CudaExecutable:
         self._launch_kernel, self._stream_handle = module.cuLaunchKernel, module.CUstream
         self._current_context, self._context = module.cuCtxGetCurrent, int(primary_context(device_index))
         create = module.CUfunction
-        self._launches = tuple(
-            (
-                create(kernel),
-                launch.grid,
-                launch.block,
-                launch.shared_bytes,
-                tuple(map(self._starts.get, launch.params)),
-            )
-            for kernel, launch in zip(loaded.kernels, loaded.plan.launches, strict=True)
-        )
+        self._launches = []  # what goes around the stream, and where the parameters start
+        for kernel, launch in zip(loaded.kernels, loaded.plan.launches, strict=True):
+            leading = (create(kernel), *launch.grid, *launch.block, launch.shared_bytes)
+            self._launches.append((leading, [self._starts[p] for p in launch.params]))
         self.workspace_bytes = loaded.plan.workspace_bytes
         if self._alignments and config is None:
             # The kernels for unaligned pointers share the workspace that is asked for before pointers are known.
@@ -114,9 +108,9 @@ class CudaExecutable:
         for start, data in self._constants:
             block[start : start + len(data)] = data
         launches = []
-        for kernel, grid, threads, shared, starts in self._launches:
+        for leading, starts in self._launches:
             table = (ctypes.c_void_p * len(starts))(*(address + start for start in starts))
-            launches.append(((kernel, *grid, *threads, shared), ctypes.addressof(table), (table, memory)))
+            launches.append((leading, ctypes.addressof(table), (table, memory)))
         self._local.block = block, launches
         return self._local.block
 
