@@ -169,16 +169,7 @@ def problem_of(window: Window, views: Mapping[str, View | None], dropout_p: floa
     """
     q, k, v = (required(views, name) for name in ("q", "k", "v"))
     rpb, keys, values, seed = (views.get(n) for n in _OPTIONAL)
-    rank = window.rank
-    if len(q.shape) != rank + 3:
-        raise ValueError(
-            f"q has {len(q.shape)} axes, {q.shape}; na{rank}d takes {rank + 3}: "
-            f"[batch, {', '.join(f'axis{a}' for a in range(rank))}, heads, head_dim]."
-        )
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q has dtype {q.dtype}; supported are {', '.join(DTYPES)}.")
-    if len(k.shape) != rank + 3 or len(v.shape) != rank + 3:
-        raise ValueError(f"k {k.shape} and v {v.shape} must have {rank + 3} axes, like q {q.shape}.")
+    _check_axes(window.rank, q, k, v)
     if (keys is None) is not (values is None):
         raise ValueError("additional_keys and additional_values go together: give both or neither.")
     problem = Problem(
@@ -203,6 +194,18 @@ def problem_of(window: Window, views: Mapping[str, View | None], dropout_p: floa
         if view is not None:
             check_operand(problem, name, view, q.device)
     return problem
+
+
+def _check_axes(rank: int, q: View, k: View, v: View) -> None:
+    if len(q.shape) != rank + 3:
+        raise ValueError(
+            f"q has {len(q.shape)} axes, {q.shape}; na{rank}d takes {rank + 3}: "
+            f"[batch, {', '.join(f'axis{a}' for a in range(rank))}, heads, head_dim]."
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q has dtype {q.dtype}; supported are {', '.join(DTYPES)}.")
+    if len(k.shape) != rank + 3 or len(v.shape) != rank + 3:
+        raise ValueError(f"k {k.shape} and v {v.shape} must have {rank + 3} axes, like q {q.shape}.")
 
 
 _OPTIONAL = ("rpb", "additional_keys", "additional_values", "dropout_seed")
