@@ -176,7 +176,7 @@ def compile_ahead(figures: list[ModelFigure], options: argparse.Namespace, deadl
     """Steps of all figures that compile, each in a process of its own, at once. Returns what did not come in time
     or failed: that is then compiled, and its error shown, where it is measured."""
     wanted = [f for f in figures if f.mode in _COMPILED]
-    threads = max(1, (os.cpu_count() or 1) // max(len(wanted), 1))
+    threads = max(2, (os.cpu_count() or 1) // max(len(wanted), 1))
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     running = []
     for f in wanted:

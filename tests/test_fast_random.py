@@ -49,6 +49,7 @@ class Build:
     stride: int | tuple[int, ...] = 1
     dilation: int | tuple[int, ...] = 1
     is_causal: bool | tuple[bool, ...] = False
+    planned_for: tuple[int, int] = (16, 4)  # batch and heads for which the planner cuts the map
 
     @property
     def seed(self) -> int:
@@ -61,11 +62,11 @@ class Build:
 
 F, B = "float16", "bfloat16"
 BUILDS = [
-    Build("nat", F, ((13, 22), (13, 22)), 7, 32, 32),
+    Build("nat", F, ((13, 18), (13, 18)), 7, 32, 32, planned_for=(128, 8)),
     Build("nat_same", B, ((13, 22), (13, 22)), 7, 32, 32, "same"),
     Build("nat_plain", F, ((13, 20), (13, 26)), 7, 32, 32, None),
-    Build("last_stage", F, ((7, 7), (7, 7)), 7, 32, 32),
-    Build("last_stage_wide", B, ((7, 7), (7, 9)), 7, 64, 64, "same"),
+    Build("last_stage", F, ((7, 7), (7, 7)), 7, 32, 32, planned_for=(128, 16)),
+    Build("last_stage_wide", B, ((7, 7), (7, 9)), 7, 64, 64, "same", planned_for=(128, 16)),
     Build("kernel_1", B, ((5, 17), (5, 17)), 1, 16, 16),
     Build("kernel_2", F, ((6, 20), (6, 20)), 2, 24, 8, "same"),
     Build("kernel_3", B, ((9, 20), (9, 20)), 3, 32, 32),
@@ -119,7 +120,8 @@ def specialise(build: Build) -> Specialised:
 
 
 def _specialised(build: Build, common: tuple[int, ...], drawn: list[tuple[int, ...]]) -> Specialised | None:
-    typical = _problem(build, build.case(common, batch=16, heads=4, heads_kv=4))
+    heads = build.planned_for[1]
+    typical = _problem(build, build.case(common, batch=build.planned_for[0], heads=heads, heads_kv=heads))
     calls = {d: contiguous_call(d, typical) for d in DIRECTIONS}
     takers = {d: _taker(build, call) for d, call in calls.items()}
     geometries = [chosen_geometry(call, device_facts(), takers[d]) for d, call in calls.items()]
