@@ -31,7 +31,8 @@ struct RowCopy {
   template <int COUNT>
   __device__ __forceinline__ void copy(unsigned shared, const Element* tensor, const Layout& s, int y, int first,
                                        int length) const {
-    const Element* from = tensor + (static_cast<long long>(y) * s.step[0] + static_cast<long long>(first + column) * s.step[1]);
+    const long long x = first + column;
+    const Element* from = tensor + (static_cast<long long>(y) * s.step[0] + x * s.step[1]);
 #pragma unroll 8
     for (int c = 0; c < COUNT; c += AT_ONCE) {
       const bool inside = static_cast<unsigned>(first + c + column) < static_cast<unsigned>(length);
@@ -48,8 +49,9 @@ struct RowCopy {
 // map's. All threads of the block.
 template <int D, int TOKEN>
 __device__ __forceinline__ void clear_rest(unsigned char* shared, int bytes) {
-  if (D % 16 == 0) return;
-  for (int i = threadIdx.x; i < bytes / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+  if (D % 16 != 0) {
+    for (int i = threadIdx.x; i < bytes / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+  }
 }
 template <typename Rows>
 __device__ __forceinline__ void clear_margins(unsigned char* shared) {  // around the end of each row

@@ -91,7 +91,8 @@ constexpr int OUT_STAGE = GROUPS * 8 * OutRows::PITCH;
 constexpr int RIGHT = BLOCKS * BLOCK_COLUMNS - (GROUPS == 1 ? COLUMNS : GROUP_COLUMNS + LEFT);
 constexpr int OUTSIDE = GROUPS == 1 || LEFT < RIGHT ? RIGHT : LEFT, MARGIN = PADDED || OUTSIDE < 0 ? 0 : OUTSIDE;
 __device__ constexpr int margin_of(int token) { return (MARGIN * token + 127) / 128 * 128; }
-constexpr int K_AT = margin_of(K::TOKEN), K_END = (K_AT + RING * BAND * K::PITCH + 127) / 128 * 128 + margin_of(K::TOKEN);
+constexpr int K_AT = margin_of(K::TOKEN);
+constexpr int K_END = (K_AT + RING * BAND * K::PITCH + 127) / 128 * 128 + margin_of(K::TOKEN);
 constexpr int V_AT = K_END + margin_of(V::TOKEN);
 constexpr int Q_AT = (V_AT + RING * BAND * V::PITCH + 127) / 128 * 128 + margin_of(V::TOKEN);
 constexpr int OUT_AT = Q_AT + QUERY_RING * BAND * QueryRows::PITCH;

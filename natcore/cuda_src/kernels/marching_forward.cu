@@ -40,7 +40,8 @@ struct Tile {
 };
 
 // The 8 queries of a group as B operands, times `factor`; `row` and `byte` are where query lane % 8 lies.
-__device__ __forceinline__ void load_queries(unsigned (&b)[2 * D_STEPS], unsigned row, int byte, float factor, int lane) {
+__device__ __forceinline__ void load_queries(unsigned (&b)[2 * D_STEPS], unsigned row, int byte, float factor,
+                                             int lane) {
 #pragma unroll
   for (int step = 0; step < D_STEPS; step += 2) {
     unsigned r[4];
@@ -151,7 +152,8 @@ __device__ __forceinline__ void stage_output(unsigned char* stage, const float (
     for (int h = 0; h < 2; ++h) r[h] = pack<Element>(o[step][2 * h] * inverse[0], o[step][2 * h + 1] * inverse[1]);
 #if __CUDA_ARCH__ >= 900
     const int query = lane % 8;
-    stmatrix_x2_transposed(shared_address(stage) + query * OutRows::PITCH + OutRows::chunk(query, 2 * step + lane / 8 % 2), r);
+    const int chunk = OutRows::chunk(query, 2 * step + lane / 8 % 2);
+    stmatrix_x2_transposed(shared_address(stage) + query * OutRows::PITCH + chunk, r);
 #else
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -226,7 +228,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   int offset[STORES];
 #pragma unroll
   for (int i = 0; i < STORES; ++i)
-    offset[i] = stored_row(i) * params.out.step[0] + stored_column(i) * params.out.step[1] + (lane + 32 * i) % CHUNKS * 8;
+    offset[i] = stored_row(i) * params.out.step[0] + stored_column(i) * params.out.step[1] +
+                (lane + 32 * i) % CHUNKS * 8;
 
   Turn<RING> ready, held;  // the next stage to wait for; the first that is not given back
   Turn<QUERY_RING> turn;
@@ -239,15 +242,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     unsigned lacks[GROUPS][2] = {};
     if (tile.clamped) {
 #pragma unroll
-      for (int g = 0; g < GROUPS; ++g) lacking(lacks[g], tile.group(g), tile.block(g, run.length[1]), run.length[1], lane);
+      for (int g = 0; g < GROUPS; ++g)
+        lacking(lacks[g], tile.group(g), tile.block(g, run.length[1]), run.length[1], lane);
     }
     const int block = tile.block(0, run.length[1]);
     const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE - pair / BAND;
     const int key_byte = key_lane + (block - run.origin()) * K::TOKEN;
     const int value_byte = value_lane + (block - run.origin()) * V::TOKEN;
     const int query_byte = (tile.x - run.start + lane % 8 / BAND) * QueryRows::TOKEN + head * (D_STEPS * 32);
-    Element* its_out = run.base(out, params.out, first_head + head) + static_cast<long long>(tile.x) * params.out.step[1];
-    float* its_lse = run.base(lse, params.lse, first_head + head) + static_cast<long long>(tile.x) * params.lse.step[1];
+    const long long x = tile.x;
+    Element* its_out = run.base(out, params.out, first_head + head) + x * params.out.step[1];
+    float* its_lse = run.base(lse, params.lse, first_head + head) + x * params.lse.step[1];
     // Which of its stores lie in columns that are this tile's.
     const auto owns = [&](int column) { return tile.owned <= tile.x + column && tile.x + column < run.length[1]; };
     bool stores[STORES];
@@ -260,7 +265,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll 1
     for (int band = run.first; band <= run.last; ++band) {
       const int y = band * BAND;
-      for (; most <= stage_of(rows.end - 1); ++most, ready.advance()) mbarrier_wait(barriers.full(ready.slot), ready.phase);
+      for (; most <= stage_of(rows.end - 1); ++most, ready.advance())
+        mbarrier_wait(barriers.full(ready.slot), ready.phase);
       mbarrier_wait(barriers.queries_full(turn.slot), turn.phase);
       unsigned query[GROUPS][2 * D_STEPS];
 #pragma unroll
