@@ -20,8 +20,11 @@ constexpr int TABLES = 2 * COPIES * TABLE_COPY;  // floats
 
 // The masked table, then the other one; entry (d0, d1, d2) is of the differences d_a + first_difference_of(a).
 __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rpb, const Layout& s, float factor) {
-#pragma unroll 1
-  for (int i = threadIdx.x; i < DIFFERENCES_0 * TABLE_PLANE; i += THREADS) {
+  constexpr int ENTRIES = DIFFERENCES_0 * TABLE_PLANE;
+#pragma unroll 2  // nothing else hides the latency of its loads
+  for (int n = 0; n < (ENTRIES + THREADS - 1) / THREADS; ++n) {
+    const int i = threadIdx.x + n * THREADS;
+    if (i >= ENTRIES) continue;
     const int at[3] = {i / TABLE_PLANE, i / TABLE_ROW % DIFFERENCES_1, i % TABLE_ROW};
     bool entry = true, seen = true;
     int offset = 0;
