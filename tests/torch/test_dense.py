@@ -1,4 +1,4 @@
-"""Dense prediction that needs PyTorch alone: backbones, UPerNet, published files."""
+"""Dense prediction that needs PyTorch alone: backbones and UPerNet."""
 
 from __future__ import annotations
 
@@ -199,86 +199,6 @@ def test_losses_count_pixels_that_do_not_count():
         model(images, labels[:, ::4, ::4])
 
 
-def _published_upernet(classes: int, channels: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the heads in a file of mmsegmentation, for SMALL."""
-
-    def block(name: str, inward: int, outward: int, side: int) -> dict[str, tuple[int, ...]]:
-        norm = {f"{name}.bn.{part}": (outward,) for part in ("weight", "bias", "running_mean", "running_var")}
-        return {f"{name}.conv.weight": (outward, inward, side, side), **norm, f"{name}.bn.num_batches_tracked": ()}
-
-    c, half = channels, channels // 2
-    shapes = {"decode_head.conv_seg.weight": (classes, c, 1, 1), "decode_head.conv_seg.bias": (classes,)}
-    for i in range(4):
-        shapes |= block(f"decode_head.psp_modules.{i}.1", 64, c, 1)
-    shapes |= block("decode_head.bottleneck", 64 + 4 * c, c, 3) | block("decode_head.fpn_bottleneck", 3 * c, c, 3)
-    for i in range(2):
-        shapes |= block(f"decode_head.lateral_convs.{i}", 16 * 2**i, c, 1) | block(
-            f"decode_head.fpn_convs.{i}", c, c, 3
-        )
-    shapes |= block("auxiliary_head.convs.0", 32, half, 3)
-    return shapes | {
-        "auxiliary_head.conv_seg.weight": (classes, half, 1, 1),
-        "auxiliary_head.conv_seg.bias": (classes,),
-    }
-
-
-def published_file(backbone: NAT, heads: dict[str, tuple[int, ...]]) -> dict:
-    """A checkpoint as mmsegmentation and mmdetection write them."""
-    state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-    state |= {name: torch.rand(shape) for name, shape in heads.items()}
-    return {"meta": {"CLASSES": ("a", "b")}, "state_dict": state, "optimizer": {"state": {}}}
-
-
-def test_a_published_upernet_loads_strictly(tmp_path: Path):
-    source = NAT(SMALL)
-    torch.save(published_file(source, _published_upernet(5, 8)), tmp_path / "upernet.pth")
-    checkpoint = torch.load(tmp_path / "upernet.pth", weights_only=True)
-    model = dense.upernet(NAT(SMALL), 5, 8)
-    dense.load_published(model, checkpoint)
-    assert torch.equal(
-        model.decode_head.fpn_convs[1].conv.weight, checkpoint["state_dict"]["decode_head.fpn_convs.1.conv.weight"]
-    )
-    image = torch.randn(1, 2, 32, 32)
-    for ours, theirs in zip(model.backbone(image), source(image), strict=True):
-        assert torch.equal(ours, theirs)
-    del checkpoint["state_dict"]["decode_head.bottleneck.bn.running_var"]
-    with pytest.raises(RuntimeError, match=r"decode_head\.bottleneck\.bn\.running_var"):
-        dense.load_published(model, checkpoint)
-
-
-def test_a_published_backbone_loads_strictly():
-    source, target = NAT(SMALL), NAT(SMALL)
-    for name, parameter in source.named_parameters():
-        if name.startswith("norm"):
-            torch.nn.init.normal_(parameter)
-    checkpoint = published_file(source, {"neck.lateral_convs.0.conv.weight": (8, 16, 1, 1)})
-    assert "backbone.norm2.weight" in checkpoint["state_dict"]
-    dense.load_backbone(target, checkpoint)
-    image = torch.randn(1, 2, 40, 32)
-    for ours, theirs in zip(target(image), source(image), strict=True):
-        assert torch.equal(ours, theirs)
-    norm = checkpoint["state_dict"].pop("backbone.norm1.bias")
-    with pytest.raises(RuntimeError, match=r"norm1\.bias"):
-        dense.load_backbone(target, checkpoint)
-    checkpoint["state_dict"] |= {"backbone.norm1.bias": norm, "backbone.norm3.bias": norm}
-    with pytest.raises(RuntimeError, match=r"norm3\.bias"):
-        dense.load_backbone(target, checkpoint)
-
-
-def test_a_classification_file_fills_the_backbone():
-    from dataclasses import replace
-
-    source, target = NAT(replace(SMALL, features_only=False, num_classes=3)), NAT(SMALL)
-    torch.nn.init.constant_(target.norm1.weight, 2.0)
-    dense.load_backbone(target, source.state_dict())
-    state = target.state_dict()
-    assert all(torch.equal(t, state[n]) for n, t in source.state_dict().items() if not n.startswith(("norm.", "head.")))
-    assert torch.equal(target.norm1.weight, torch.full((32,), 2.0))
-    incomplete = {n: t for n, t in source.state_dict().items() if n != "levels.1.blocks.0.attn.rpb"}
-    with pytest.raises(RuntimeError, match=r"levels\.1\.blocks\.0\.attn\.rpb"):
-        dense.load_backbone(target, incomplete)
-
-
 def test_overfitting_a_segmentation(one_thread):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -315,5 +235,9 @@ except AttributeError as error:
 
 
 def test_counting_names_what_it_counts():
-    counts = dense_flops.count(dense.upernet(NAT(SMALL), 5, 8), 32, 32)
+    model = dense.upernet(NAT(SMALL), 5, 8)
+    model.decode_head.bottleneck.bn.eval()
+    before = [module.training for module in model.modules()]
+    counts = dense_flops.count(model, 32, 32)
+    assert before == [module.training for module in model.modules()]
     assert set(counts) == set(flops.KINDS) and all(counts.values())

@@ -1,4 +1,4 @@
-"""Mask R-CNN and Cascade Mask R-CNN: sizes, anchors, pooling, stages, published files, and scenes to overfit."""
+"""Mask R-CNN and Cascade Mask R-CNN: sizes, anchors, pooling, stages, and scenes to overfit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ except ImportError as error:
 
 from torchvision.models.detection.image_list import ImageList
 
-from tests.torch.test_dense import digits, example, one_thread, published_file  # noqa: F401
+from tests.torch.test_dense import digits, example, one_thread  # noqa: F401
 
 SMALL = NATConfig(16, (1, 1, 1, 1), (1, 1, 2, 4), mlp_ratio=2, kernel_size=3, features_only=True)
 CLASSES, CHANNELS = 3, 8
@@ -249,101 +249,16 @@ def _giou(a: Tensor, b: Tensor) -> Tensor:
     return both / union - (hull - union) / hull
 
 
-def _published(stages: int | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a file of mmdetection, the backbone's left out: Mask R-CNN, or a cascade of stages."""
-    c, wide = CHANNELS, 4 * CHANNELS
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def add(name: str, *shape: int, bias: int | None = None) -> None:
-        shapes[f"{name}.weight"] = shape
-        shapes[f"{name}.bias"] = (shape[0] if bias is None else bias,)
-
-    for level in range(4):
-        add(f"neck.lateral_convs.{level}.conv", c, 16 * 2**level, 1, 1)
-        add(f"neck.fpn_convs.{level}.conv", c, c, 3, 3)
-    add("rpn_head.rpn_conv", c, c, 3, 3)
-    add("rpn_head.rpn_cls", 3, c, 1, 1)
-    add("rpn_head.rpn_reg", 12, c, 1, 1)
-    for stage in [""] if stages is None else [f".{index}" for index in range(stages)]:
-        box, mask = f"roi_head.bbox_head{stage}", f"roi_head.mask_head{stage}"
-        add(f"{box}.shared_fcs.0", wide, 49 * c)
-        if stages is None:
-            add(f"{box}.shared_fcs.1", wide, wide)
-        for i in range(0 if stages is None else 4):
-            shapes[f"{box}.shared_convs.{i}.conv.weight"] = (c, c, 3, 3)
-            parts = ("weight", "bias", "running_mean", "running_var")
-            shapes |= {f"{box}.shared_convs.{i}.bn.{part}": (c,) for part in parts}
-            shapes[f"{box}.shared_convs.{i}.bn.num_batches_tracked"] = ()
-        add(f"{box}.fc_cls", CLASSES + 1, wide)
-        add(f"{box}.fc_reg", 4 * CLASSES, wide)
-        for i in range(4):
-            add(f"{mask}.convs.{i}.conv", c, c, 3, 3)
-        add(f"{mask}.upsample", c, c, 2, 2)
-        add(f"{mask}.conv_logits", CLASSES, c, 1, 1)
-    return shapes
-
-
-@pytest.mark.parametrize(("task", "stages"), [("mask_rcnn", None), ("cascade_mask_rcnn", 3)])
-def test_published_files_load_strictly(task: str, stages: int | None):
-    """Background last, and without boxes and masks, on their side; first, and never read, on ours."""
-    source, model = NAT(SMALL), small(task).eval()
-    checkpoint = published_file(source, _published(stages))
-    dense.load_published(model, checkpoint)
-    state = checkpoint["state_dict"]
-    image = torch.randn(1, 3, 64, 64)
-    for ours, theirs in zip(model.backbone.body(image), source(image), strict=True):
-        assert torch.equal(ours, theirs)
-    x, y = torch.randn(2, CHANNELS, 7, 7), torch.randn(2, CHANNELS, 14, 14)
-    for index, heads in enumerate(getattr(model.roi_heads, "stages", [model.roi_heads])):
-        stage = "" if stages is None else f".{index}"
-        box, mask = f"roi_head.bbox_head{stage}", f"roi_head.mask_head{stage}"
-        with torch.no_grad():
-            logits, offsets = heads.box_predictor(heads.box_head(x))
-            hidden = _their_box_features(state, box, x)
-            theirs = hidden @ state[f"{box}.fc_cls.weight"].T + state[f"{box}.fc_cls.bias"]
-            torch.testing.assert_close(logits, theirs[:, [CLASSES, *range(CLASSES)]])
-            theirs = hidden @ state[f"{box}.fc_reg.weight"].T + state[f"{box}.fc_reg.bias"]
-            torch.testing.assert_close(offsets[:, 4:], theirs)
-            torch.testing.assert_close(heads.mask_predictor(heads.mask_head(y))[:, 1:], _their_masks(state, mask, y))
-    torch.testing.assert_close(model.rpn.head.bbox_pred.weight.detach(), state["rpn_head.rpn_reg.weight"])
-    state["roi_head.unknown"] = torch.zeros(1)
-    with pytest.raises(RuntimeError, match=r"roi_head\.unknown"):
-        dense.load_published(model, checkpoint)
-
-
-_MASK_LAYERS = (*(f"convs.{index}.conv" for index in range(4)), "upsample", "conv_logits")
-
-
-def _their_box_features(state: dict[str, Tensor], box: str, x: Tensor) -> Tensor:
-    functional = torch.nn.functional
-    for i in range(4 if f"{box}.shared_convs.0.conv.weight" in state else 0):
-        name = f"{box}.shared_convs.{i}"
-        x = functional.conv2d(x, state[f"{name}.conv.weight"], padding=1)
-        parts = (state[f"{name}.bn.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
-        x = functional.batch_norm(x, *parts).relu()
-    x = x.flatten(1)
-    for i in range(2):
-        if f"{box}.shared_fcs.{i}.weight" in state:
-            x = functional.linear(x, state[f"{box}.shared_fcs.{i}.weight"], state[f"{box}.shared_fcs.{i}.bias"]).relu()
-    return x
-
-
-def _their_masks(state: dict[str, Tensor], mask: str, y: Tensor) -> Tensor:
-    functional = torch.nn.functional
-    weights = {name: (state[f"{mask}.{name}.weight"], state[f"{mask}.{name}.bias"]) for name in _MASK_LAYERS}
-    for name in _MASK_LAYERS[:4]:
-        y = functional.conv2d(y, *weights[name], padding=1).relu()
-    y = functional.conv_transpose2d(y, *weights["upsample"], stride=2).relu()
-    return functional.conv2d(y, *weights["conv_logits"])
-
-
-@pytest.mark.parametrize("task", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_overfitting_a_detection(task, one_thread):  # noqa: F811
+@pytest.mark.parametrize(
+    ("task", "steps", "rate", "samples"), [("mask_rcnn", 80, 2e-3, 128), ("cascade_mask_rcnn", 60, 1e-3, 64)]
+)
+def test_overfitting_a_detection(task, steps: int, rate: float, samples: int, one_thread):  # noqa: F811
+    """Masks overlap by a half or more, labels are right, and nothing else is found."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     scenes = [example.scene(digits.load(40, 10)[0], rng, most=3) for _ in range(2)]
-    model = example.make(task, box_batch_size_per_image=32)
+    model = example.make(task, box_batch_size_per_image=samples)
     before = example.f1(example.predict(model, scenes), scenes)
-    history = example.train(model, [scenes] * 60)
+    history = example.train(model, [scenes] * steps, rate)
     assert history[-1] < history[0] / 4
-    assert before < 0.2 and example.f1(example.predict(model, scenes), scenes) > 0.9
+    assert before < 0.2 and example.f1(example.predict(model, scenes), scenes, score=0.7) > 0.8

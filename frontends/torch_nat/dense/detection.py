@@ -96,7 +96,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         """Maps by name and boxes ``[N_b, 4]`` in pixels, for each image, to ``[sum(N_b), channels, size, size]``."""
         maps = [x[name] for name in self.featmap_names]
         rois = torch.cat([torch.cat([b.new_full((len(b), 1), image), b], dim=1) for image, b in enumerate(boxes)])
-        sides = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0).sqrt()
+        sides = (rois[:, 3:] - rois[:, 1:3]).clamp(min=0).float().prod(dim=1).sqrt()  # past what float16 holds
         levels = torch.log2(sides / (14 * self.strides[0]) + 1e-6).floor().clamp(0, len(maps) - 1)
         pooled = maps[0].new_zeros((len(rois), maps[0].shape[1], *self.output_size))
         for level, (y, stride) in enumerate(zip(maps, self.strides, strict=True)):

@@ -37,11 +37,12 @@ def count(model: nn.Module, height: int, width: int) -> flops.Counts:
     device = next(model.parameters()).device
     body: Any = model.backbone
     image = torch.empty(1, getattr(body, "body", body).config.in_chans, height, width, device=device)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         return flops.count((_Detector(model) if hasattr(model, "roi_heads") else model).eval(), image)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def build(task: Task, name: str) -> nn.Module:
