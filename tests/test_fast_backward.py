@@ -18,6 +18,7 @@ from natcore.planning import Config, banded, facts_for_arch, plan_for
 from natcore.planning.banded_cost import choose_geometry
 from natcore.planning.banded_geometry import Columns, intervals
 from natcore.planning.listed import contiguous_call
+from natcore.planning.tiling import Axis
 from natcore.problem import OPERANDS, RESULTS, Problem, call_of, problem_of
 from natcore.views import Device, View
 from tests.cases import CASES, Case, check, expected, inputs, random_case
@@ -82,6 +83,16 @@ def test_geometry_covers_every_pair(case: Case) -> None:
                 for first in range(0, length, g.region[a]):
                     last = min(first + g.region[a], length) - 1
                     assert found[last][1] - found[first][0] <= span
+    for side, name in enumerate(("QUERY", "KEY")):
+        planes, rows = (longest(axis, side, band) for axis, band in zip(g.axes, (1, g.band), strict=False))
+        assert planes * rows <= g.lists[name] and g.lists[name] % g.block_rows == 0
+
+
+def longest(axis: Axis, side: int, band: int) -> int:
+    """The longest interval of keys around bands of queries (side 0), or of queries around bands of keys."""
+    found = [(intervals(axis, length)[side], length) for length in axis.lengths]
+    bands = ((f[first], f[min(first + band, n) - 1]) for f, n in found for first in range(0, n, band))
+    return max(end[1] - start[0] for start, end in bands)
 
 
 def assert_columns(c: Columns, found: list, length: int, group: int, region: int, wide: int, dense: bool) -> None:

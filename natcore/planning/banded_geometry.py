@@ -204,9 +204,27 @@ class Geometry:
     def entries(self) -> int:
         return prod(2 * axis.kernel - 1 for axis in self.axes)
 
+    @cached_property
+    def lists(self) -> dict[str, int]:
+        """The longest lists of rows, in whole blocks: of keys around bands of queries (QUERY), ..."""
+        planes, rows = self.axes[:2]
+        found = {}
+        for side, name in enumerate(("QUERY", "KEY")):
+            count = rows_of(planes, side, 1)[0] * rows_of(rows, side, self.band)[0]
+            found[name] = _up(count, self.block_rows)
+        return found
+
     @property
+    def tables_bytes(self) -> int:
+        """sizeof(Tables) of bands.cuh."""
+        bands = self.region[0] * self.region[1] // self.band
+        tiles = self.region[2] // (self.groups * self.group_columns)
+        lists = sum(20 + 2 * (self.band + n * (1 + self.band)) for n in self.lists.values())
+        return _up(bands * lists + 4 * self.columns["KEY"].shared + 2 * tiles, 4)
+
+    @cached_property
     def shared_bytes(self) -> int:
-        """SHARED_BYTES of bands.cuh."""
+        """SHARED of bands.cuh."""
         p, s = self.problem, self.spans
         tokens = [_up(d, 16) * 2 for d in (p.head_dim, p.head_dim_v)]
         key_columns, query_columns = (self.columns[side].shared for side in ("QUERY", "KEY"))
@@ -216,13 +234,13 @@ class Geometry:
             for rows, columns in ((key_rows, key_columns), (query_rows, query_columns))
             for token in tokens
         )
-        table = _up(spans + query_rows * query_columns * 8 + 2 * query_columns * 4, 16)
+        table = _up(spans + query_rows * query_columns * 8 + 2 * self.tables_bytes, 16)
         k = self.axes[1].kernel
         rows = (2 * self.axes[0].kernel - 1) * (2 * k - 1)
         rows += (2 * k - k // 2 - 1 - rows) % 8 + 1
         stage = _up(table + self.axes[2].kernel * rows * self.table_row * 4, 16)
         sums = stage + self.threads // 32 * 8 * (max(tokens) // 16 | 1) * 16
-        return _up(sums + self.query_warps * self.entries * 4, 16) + 3 * 128
+        return _up(sums + self.query_warps * self.entries * 4, 16) + 3 * 224 + 16 + 4 * self.warps
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
@@ -237,8 +255,9 @@ class Geometry:
         for side, other in (("QUERY", "KEY"), ("KEY", "QUERY")):  # blocks are around SIDE, shared memory is of OTHER
             c = self.columns[side]
             defines |= {f"{side}_LEFT": c.left, f"{side}_BLOCKS": c.blocks, f"{side}_EXTRA": int(c.extra)}
-            defines |= {f"{other}_PAD": c.pad, f"{other}_COLUMNS": c.shared}
+            defines |= {f"{other}_PAD": c.pad, f"{other}_COLUMNS": c.shared, f"{side}_LIST": self.lists[side]}
         defines |= {"LEAST_DIFFERENCE": f"({self.differences[0]})", "TABLE_ROW": self.table_row}
+        defines["SHARED"] = self.shared_bytes
         defines |= {"ELEMENT": p.dtype, "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "BAND": self.band}
         defines |= {
             "DENSE": int(self.dense),

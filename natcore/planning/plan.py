@@ -106,7 +106,6 @@ class KernelInfo:
     architectures: tuple[str, ...]
     max_registers: int  # a thread
     max_shared_bytes: int  # static, a block
-    max_spill_bytes: int = 0  # stored and loaded; a declared debt, to be paid or shown to be cheaper than fewer warps
 
     def runs_on(self, arch: str) -> bool:
         return any(

@@ -41,9 +41,12 @@ __device__ __forceinline__ int table_row(const Region& region, int q0, int q1, i
   return sees ? (k0 - q0 + KERNEL_0 - 1) * ROW_DIFFERENCES + k1 - q1 + KERNEL_1 - 1 : MASKED_ROW;
 }
 
-// Sums of dS, one for each element of each unit of a group, for as long as bands look alike.
+// Sums of dS, one for each element of a unit that holds the same difference key - query, over the tiles of a warp for
+// as long as their bands look alike.
 constexpr int SUMS = DENSE ? GROUPS * QUERY_BLOCKS : QUERY_BLOCKS;
-__device__ constexpr int sum_of(int block, int group) { return DENSE ? group * QUERY_BLOCKS + block : block - group * STEP; }
+__device__ constexpr int sum_of(int block, int group) {
+  return DENSE ? group * QUERY_BLOCKS + block : block - group * STEP;
+}
 
 struct BiasSums {
   float sum[SUMS][4] = {};
@@ -51,46 +54,38 @@ struct BiasSums {
   int count = -1;                    // all its rows; -1: nothing yet
   int first = 0;                     // row block
 
-  __device__ __forceinline__ void clear() {
+  // Makes the sums those of row block `block` of a band; sums of another kind go to the warp's table.
+  __device__ __forceinline__ void turn_to(const Band<QUERY_LIST>& band, int block, float* table) {
+    if (plane == band.plane && row == band.row && rows == band.rows && count == band.count && first == block) return;
+    flush(table);
+    plane = band.plane, row = band.row, rows = band.rows, count = band.count, first = block;
 #pragma unroll
     for (int u = 0; u < SUMS; ++u)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[u][i] = 0.f;
   }
-  __device__ __forceinline__ bool fits(const Rows& list, const Place& place, int block) const {
-    return plane == list.plane - place.plane && row == list.row - place.row && rows == list.rows &&
-           count == list.count() && first == block;
-  }
-  __device__ __forceinline__ void start(const Rows& list, const Place& place, int block) {
-    plane = list.plane - place.plane, row = list.row - place.row;
-    rows = list.rows, count = list.count(), first = block;
-    clear();
-  }
-  // Adds dS of one unit, whose block starts `column` columns after the group, to the warp's table.
+  // Adds dS of one unit, whose block starts `column` columns after the group, to the warp's table. Lanes with the
+  // same difference take turns.
   __device__ __forceinline__ void add(const float (&ds)[4], int column, float* table, int lane) const {
 #pragma unroll
     for (int turn = 0; turn < BAND / 2; ++turn) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        int entry;
-        if (entry_of(entry, i, column, turn, lane)) table[entry] += ds[i];
+        const int token = lane % 4 * 2 + i % 2, at = first + lane / 4 + (ROW_HALVES == 2 ? 8 * (i / 2) : 0);
+        const int d0 = KERNEL_0 == 1 ? 0 : plane + at / rows + KERNEL_0 - 1;
+        const int d1 = row + (KERNEL_0 == 1 ? at : at % rows) - token % BAND + KERNEL_1 - 1;
+        const int d2 = column + (ROW_HALVES == 2 ? 0 : i / 2) - token / BAND + KERNEL_2 - 1;
+        if (at < count && token % BAND / 2 == turn && 0 <= d0 && d0 < 2 * KERNEL_0 - 1 && 0 <= d1 &&
+            d1 < ROW_DIFFERENCES && 0 <= d2 && d2 < COLUMN_DIFFERENCES)
+          table[(d0 * ROW_DIFFERENCES + d1) * COLUMN_DIFFERENCES + d2] += ds[i];
         __syncwarp();
       }
     }
   }
-  // Where element i of a unit belongs. False where nowhere, or not in this turn.
-  __device__ __forceinline__ bool entry_of(int& entry, int i, int column, int turn, int lane) const {
-    const int token = lane % 4 * 2 + i % 2, at = first + lane / 4 + (ROW_HALVES == 2 ? 8 * (i / 2) : 0);
-    const int d0 = KERNEL_0 == 1 ? 0 : plane + at / rows + KERNEL_0 - 1;
-    const int d1 = row + (KERNEL_0 == 1 ? at : at % rows) - token % BAND + KERNEL_1 - 1;
-    const int d2 = column + (ROW_HALVES == 2 ? 0 : i / 2) - token / BAND + KERNEL_2 - 1;
-    entry = (d0 * ROW_DIFFERENCES + d1) * COLUMN_DIFFERENCES + d2;
-    return at < count && token % BAND / 2 == turn && 0 <= d0 && d0 < 2 * KERNEL_0 - 1 && 0 <= d1 &&
-           d1 < ROW_DIFFERENCES && 0 <= d2 && d2 < COLUMN_DIFFERENCES;
-  }
-  // Adds the sums to the warp's table. Lanes with the same difference take turns.
-  __device__ __forceinline__ void flush(float* table, int lane) const {
+  // Adds the sums to the warp's table.
+  __device__ __forceinline__ void flush(float* table) const {
     if (count < 0) return;
+    const int lane = lane_here();
 #pragma unroll
     for (int u = 0; u < SUMS; ++u)
       add(sum[u], u % QUERY_BLOCKS * BLOCK_COLUMNS - u / QUERY_BLOCKS * GROUP_COLUMNS - QUERY_LEFT, table, lane);

@@ -3,62 +3,51 @@
 //   S = Q K^T, dP = dO V^T - delta, dV^T += dO^T P, dK^T += Q^T dS
 #pragma once
 
-#include "common/band_bias.cuh"
+#include "common/band_tables.cuh"
 #include "common/band_tiles.cuh"
 
-// dk and dv of a tile of keys.
-__device__ __forceinline__ void key_tile(const Step& step, const Place& place, const Scales& scales,
-                                         unsigned char* shared, const int* column_table, Element* dk, Element* dv,
-                                         const Layout& dk_layout, const Layout& dv_layout, int lane) {
-  const Region& region = step.region;
+// dk and dv of a tile of keys. Does nothing where the map has ended.
+__device__ __forceinline__ void key_tile(const Step& step, const Tables& tables, int item, const Scales& scales,
+                                         unsigned char* shared, Element* dk, Element* dv, const Layout& dk_layout,
+                                         const Layout& dv_layout) {
+  const int tile = item % TILES, tile_column = tile * TILE_COLUMNS;  // within the region
+  const Band<KEY_LIST>& band = tables.keys[item / TILES];
+  const int lane = lane_here();
+  const int height = band.height, width = step.width - tile_column;
+  if (height == 0 || width <= 0) return;
   const unsigned base = shared_address(shared);
-  const float* table = reinterpret_cast<const float*>(shared + TABLE_AT);
-  const Interval planes = queries_of_range(0, place.plane, place.plane, region.length[0]);
-  const Interval span = queries_of_range(1, place.row, place.last_row(region), region.length[1]);
-  const Rows list{planes.start, planes.end - planes.start, span.start, span.end - span.start};
-  const int tile_column = place.tile * TILE_COLUMNS;
+  const float* table = reinterpret_cast<const float*>(shared + BIAS_AT);
 
   unsigned key[GROUPS][2 * D_STEPS], value[GROUPS][2 * V_STEPS];
   float dk_acc[GROUPS][D_STEPS][4] = {}, dv_acc[GROUPS][V_STEPS][4] = {};
+  const int own = band.own[lane % 8 % BAND], own_column = tile_column + lane % 8 / BAND + KEY_PAD;
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
-    const int at = tile_column + g * GROUP_COLUMNS + lane % 8 / BAND + KEY_PAD;
-    const int slot = (place.plane - region.key_planes.start) * KEY_RING +
-                     step.keys.of(smaller(place.row + lane % 8 % BAND, place.last_row(region)));
-    load_group<D_STEPS>(key[g], base + K_AT + slot * K_ROW + at * D_TOKEN, lane);
-    load_group<V_STEPS>(value[g], base + V_AT + slot * V_ROW + at * V_TOKEN, lane);
+    const int column = own_column + g * GROUP_COLUMNS;
+    load_group<D_STEPS>(key[g], base + K_AT + own * K_ROW + column * D_TOKEN, lane);
+    load_group<V_STEPS>(value[g], base + V_AT + own * V_ROW + column * V_TOKEN, lane);
   }
 
+  const int count = band.count;
 #pragma unroll 1
-  for (int first = 0; first < list.count(); first += BLOCK_ROWS) {
-    int slot[2];
-    slots_of(slot, list, first, region.query_planes.start, step.queries, lane);
+  for (int first = 0; first < count; first += BLOCK_ROWS) {
+    int slot[ROW_HALVES];
+    const float* bias[2][2];  // of token e and half h
+    const float2* scalars[2];
+#pragma unroll
+    for (int h = 0; h < ROW_HALVES; ++h) {
+      slot[h] = band.slot[first + lane % 8 + 8 * h];
+      const int row = first + lane / 4 + 8 * h, token = lane % 4 * 2;
+      scalars[h] = reinterpret_cast<const float2*>(shared + SCALARS_AT) + band.slot[row] * QUERY_COLUMNS;
+      int at[2];
+      load_pair(at, &band.table[row][token % BAND]);
+      bias[0][h] = table + at[0] + token / BAND + tile_column, bias[1][h] = bias[0][h] + (at[1] - at[0]);
+    }
+    if (ROW_HALVES == 1) scalars[1] = scalars[0] + 1, bias[0][1] = bias[0][0], bias[1][1] = bias[1][0];
     const unsigned query_block = base + Q_AT + block_row<Q_ROW, D_TOKEN>(slot, 3, 4, lane);
     const unsigned query_block_t = base + Q_AT + block_row<Q_ROW, D_TOKEN>(slot, 4, 3, lane);
     const unsigned gradient_block = base + G_AT + block_row<G_ROW, V_TOKEN>(slot, 3, 4, lane);
     const unsigned gradient_block_t = base + G_AT + block_row<G_ROW, V_TOKEN>(slot, 4, 3, lane);
-    const float* bias[2][2];
-    const float2* scalars[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (h >= ROW_HALVES) {
-        scalars[h] = scalars[0] + 1;
-        bias[0][h] = bias[0][0], bias[1][h] = bias[1][0];
-        continue;
-      }
-      int plane, row;
-      const int i = first + lane / 4 + 8 * h;
-      list.at(i, plane, row);
-      const int at = (plane - region.query_planes.start) * QUERY_RING + step.queries.of(row);
-      scalars[h] = reinterpret_cast<const float2*>(shared + SCALARS_AT) + at * QUERY_COLUMNS;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        int table_at = MASKED_ROW;
-        const int token = lane % 4 * 2 + e;
-        if (i < list.count()) table_at = table_row(region, plane, row, place.plane, place.row + token % BAND);
-        bias[e][h] = table + table_at * TABLE_ROW + token / BAND + tile_column;
-      }
-    }
 
     struct Queries : Block {
       float lse[4], minus_delta[1][4];
@@ -69,7 +58,7 @@ __device__ __forceinline__ void key_tile(const Step& step, const Place& place, c
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float2 pair = scalars[h][at];
-        const int column = column_table[at + (ROW_HALVES == 2 ? 0 : h)];
+        const int column = tables.column[at + (ROW_HALVES == 2 ? 0 : h)];
         block.lse[2 * h] = block.lse[2 * h + 1] = pair.x;
         block.minus_delta[0][2 * h] = block.minus_delta[0][2 * h + 1] = pair.y;
 #pragma unroll
@@ -130,37 +119,27 @@ __device__ __forceinline__ void key_tile(const Step& step, const Place& place, c
       finish(block, left + b * BLOCK_COLUMNS, active[b]);
     }
 #if KEY_EXTRA
+    if (tables.key_extra[tile]) {
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      const Interval needed = columns_needed<false>(region, tile_column + g * GROUP_COLUMNS);
-      const int start = left + g * GROUP_COLUMNS, end = start + KEY_BLOCKS * BLOCK_COLUMNS;
-      bool only[GROUPS];
+      for (int g = 0; g < GROUPS; ++g) {
+        ExtraColumns extra = extra_columns<false>(step.region, tile_column + g * GROUP_COLUMNS);
+        bool only[GROUPS];
 #pragma unroll
-      for (int i = 0; i < GROUPS; ++i) only[i] = i == g;
-      ExtraColumns extra(start, end, needed.start + QUERY_PAD, needed.end + QUERY_PAD);
+        for (int i = 0; i < GROUPS; ++i) only[i] = i == g;
 #pragma unroll 1
-      for (int c; extra.next(c);) {
-        load(blocks[0], c, only);
-        blocks[0].multiply(key, value, blocks[0].minus_delta, only);
-        differentiate(blocks[0], only);
-        finish(blocks[0], c, only);
+        for (int c; extra.next(c);) {
+          load(blocks[0], c + QUERY_PAD, only);
+          blocks[0].multiply(key, value, blocks[0].minus_delta, only);
+          differentiate(blocks[0], only);
+          finish(blocks[0], c + QUERY_PAD, only);
+        }
       }
     }
 #endif
   }
 
-  unsigned char* stage = shared + STAGE_AT + threadIdx.x / 32 * STAGE;
-  const int rows = region.length[1] - place.row, columns = region.length[2] - region.first[2] - tile_column;
-  if (dk != nullptr) {
-    Element* target = shifted(dk, dk_layout, place.plane, place.row, region.first[2] + tile_column);
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-      store_group<HEAD_DIM>(target, dk_layout, dk_acc[g], scales.result, stage, rows, g * GROUP_COLUMNS, columns, lane);
-  }
-  if (dv != nullptr) {
-    Element* target = shifted(dv, dv_layout, place.plane, place.row, region.first[2] + tile_column);
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-      store_group<HEAD_DIM_V>(target, dv_layout, dv_acc[g], 1.f, stage, rows, g * GROUP_COLUMNS, columns, lane);
-  }
+  if (dk != nullptr)
+    store_tile<HEAD_DIM>(dk, step.dk, dk_layout, step, tables.keys, anew(item), shared, dk_acc, scales.result);
+  if (dv != nullptr)
+    store_tile<HEAD_DIM_V>(dv, step.dv, dv_layout, step, tables.keys, anew(item), shared, dv_acc, 1.f);
 }

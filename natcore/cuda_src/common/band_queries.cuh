@@ -3,72 +3,68 @@
 //   S^T = K Q^T, dP^T = V dO^T - delta, P = exp(S - lse), dS = P dP, dQ^T += K^T dS^T
 #pragma once
 
-#include "common/band_bias.cuh"
+#include "common/band_tables.cuh"
 #include "common/band_tiles.cuh"
 
-// dq of a tile of queries, and its share of drpb.
-__device__ __forceinline__ void query_tile(const Step& step, const Place& place, const Scales& scales,
-                                           unsigned char* shared, const int* column_table, BiasSums& sums,
-                                           float* sums_table, Element* dq, const Layout& dq_layout, int lane) {
-  const Region& region = step.region;
+// The warp's own table of drpb.
+__device__ __forceinline__ float* sums_of(unsigned char* shared) {
+  return reinterpret_cast<float*>(shared + SUMS_AT) + warp_here() * ENTRIES;
+}
+
+// dq of a tile of queries, and its share of drpb. Does nothing where the map has ended.
+__device__ __forceinline__ void query_tile(const Step& step, const Tables& tables, int item, const Scales& scales,
+                                           unsigned char* shared, BiasSums& sums, Element* dq,
+                                           const Layout& dq_layout) {
+  const int tile = item % TILES, tile_column = tile * TILE_COLUMNS;  // within the region
+  const Band<QUERY_LIST>& band = tables.queries[item / TILES];
+  const int lane = lane_here();
+  const int height = band.height, width = step.width - tile_column;
+  if (height == 0 || width <= 0) return;
   const unsigned base = shared_address(shared);
-  const float* table = reinterpret_cast<const float*>(shared + TABLE_AT);
-  const float2* scalars = reinterpret_cast<const float2*>(shared + SCALARS_AT);
-  const Interval planes = keys_of_range(0, place.plane, place.plane, region.length[0]);
-  const Interval span = keys_of_range(1, place.row, place.last_row(region), region.length[1]);
-  const Rows list{planes.start, planes.end - planes.start, span.start, span.end - span.start};
-  const int tile_column = place.tile * TILE_COLUMNS;  // within the region
+  const float* table = reinterpret_cast<const float*>(shared + BIAS_AT);
 
   unsigned query[GROUPS][2 * D_STEPS], gradient[GROUPS][2 * V_STEPS];
   float lse[GROUPS][4], minus_delta[GROUPS][4], acc[GROUPS][D_STEPS][4] = {};
   int variant[GROUPS];
-  const int plane_slot = (place.plane - region.query_planes.start) * QUERY_RING;
+  const int own = band.own[lane % 8 % BAND], own_column = tile_column + lane % 8 / BAND + QUERY_PAD;
+  const int token = lane % 4 * 2, token_column = tile_column + token / BAND + QUERY_PAD;
+  int rows[2];  // of this lane's two tokens
+  load_pair(rows, &band.own[token % BAND]);
+  const float2* scalars[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e)
+    scalars[e] = reinterpret_cast<const float2*>(shared + SCALARS_AT) + rows[e] * QUERY_COLUMNS + token_column;
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
-    const int first = tile_column + g * GROUP_COLUMNS;
-    const int slot = plane_slot + step.queries.of(smaller(place.row + lane % 8 % BAND, place.last_row(region)));
-    const int at = first + lane % 8 / BAND + QUERY_PAD;
-    load_group<D_STEPS>(query[g], base + Q_AT + slot * Q_ROW + at * D_TOKEN, lane);
-    load_group<V_STEPS>(gradient[g], base + G_AT + slot * G_ROW + at * V_TOKEN, lane);
-    const int token = lane % 4 * 2, column = first + token / BAND;
+    const int column = g * GROUP_COLUMNS;
+    load_group<D_STEPS>(query[g], base + Q_AT + own * Q_ROW + (own_column + column) * D_TOKEN, lane);
+    load_group<V_STEPS>(gradient[g], base + G_AT + own * G_ROW + (own_column + column) * V_TOKEN, lane);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int row = smaller(place.row + (token + e) % BAND, place.last_row(region));
-      const float2 pair = scalars[(plane_slot + step.queries.of(row)) * QUERY_COLUMNS + column + QUERY_PAD];
+      const float2 pair = scalars[e][column];
       lse[g][e] = lse[g][e + 2] = pair.x;
       minus_delta[g][e] = minus_delta[g][e + 2] = pair.y;
     }
-    variant[g] = column_table[column + QUERY_PAD] - KEY_PAD;
+    variant[g] = tables.column[token_column + column] - KEY_PAD;
   }
 
+  const int count = band.count;
 #pragma unroll 1
-  for (int first = 0; first < list.count(); first += BLOCK_ROWS) {
-    int slot[2];
-    slots_of(slot, list, first, region.key_planes.start, step.keys, lane);
+  for (int first = 0; first < count; first += BLOCK_ROWS) {
+    int slot[ROW_HALVES];
+    const float* bias[2][2];  // of token e and half h
+#pragma unroll
+    for (int h = 0; h < ROW_HALVES; ++h) {
+      slot[h] = band.slot[first + lane % 8 + 8 * h];
+      int at[2];
+      load_pair(at, &band.table[first + lane / 4 + 8 * h][token % BAND]);
+      bias[0][h] = table + at[0], bias[1][h] = table + at[1];
+    }
+    if (ROW_HALVES == 1) bias[0][1] = bias[0][0] + 1, bias[1][1] = bias[1][0] + 1;
     const unsigned key_block = base + K_AT + block_row<K_ROW, D_TOKEN>(slot, 3, 4, lane);
     const unsigned key_block_t = base + K_AT + block_row<K_ROW, D_TOKEN>(slot, 4, 3, lane);
     const unsigned value_block = base + V_AT + block_row<V_ROW, V_TOKEN>(slot, 3, 4, lane);
-    const float* bias[2][2];  // of token e and half h
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (h >= ROW_HALVES) {
-          bias[e][h] = bias[e][0] + 1;
-          continue;
-        }
-        int plane, row, table_at = MASKED_ROW;
-        const int i = first + lane / 4 + 8 * h;
-        list.at(i, plane, row);
-        if (i < list.count())
-          table_at = table_row(region, place.plane, place.row + (lane % 4 * 2 + e) % BAND, plane, row);
-        bias[e][h] = table + table_at * TABLE_ROW;
-      }
-    }
-    if (!sums.fits(list, place, first)) {
-      sums.flush(sums_table, lane);
-      sums.start(list, place, first);
-    }
+    sums.turn_to(band, first, sums_of(shared));
 
     Block blocks[2];
     // The block at `column` of shared memory, for the groups that are active.
@@ -90,7 +86,8 @@ __device__ __forceinline__ void query_tile(const Step& step, const Place& place,
           block.dp[g][i] *= ex2_approx(fmaf(block.s[g][i], scales.exponent, -lse[g][i]));
       }
     };
-    const auto finish = [&](const Block& block, const unsigned (&transposed)[D_STEPS][4], const bool (&active)[GROUPS]) {
+    const auto finish = [&](const Block& block, const unsigned (&transposed)[D_STEPS][4],
+                            const bool (&active)[GROUPS]) {
       unsigned ds[GROUPS][2];
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g)
@@ -131,34 +128,28 @@ __device__ __forceinline__ void query_tile(const Step& step, const Place& place,
       finish(block, transposed, active[b]);
     }
 #if QUERY_EXTRA
+    if (tables.query_extra[tile]) {
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      const Interval needed = columns_needed<true>(region, tile_column + g * GROUP_COLUMNS);
-      const int start = left + g * GROUP_COLUMNS, end = start + QUERY_BLOCKS * BLOCK_COLUMNS;
-      bool only[GROUPS];
+      for (int g = 0; g < GROUPS; ++g) {
+        ExtraColumns extra = extra_columns<true>(step.region, tile_column + g * GROUP_COLUMNS);
+        bool only[GROUPS];
 #pragma unroll
-      for (int i = 0; i < GROUPS; ++i) only[i] = i == g;
-      ExtraColumns extra(start, end, needed.start + KEY_PAD, needed.end + KEY_PAD);
+        for (int i = 0; i < GROUPS; ++i) only[i] = i == g;
 #pragma unroll 1
-      for (int c; extra.next(c);) {
-        load(blocks[0], c, only);
-        blocks[0].multiply(query, gradient, minus_delta, only);
-        unsigned transposed[D_STEPS][4];
-        load_transposed(transposed, key_block_t + c * D_TOKEN);
-        differentiate(blocks[0], only);
-        sums.add(blocks[0].dp[g], c - KEY_PAD - tile_column - g * GROUP_COLUMNS, sums_table, lane);
-        finish(blocks[0], transposed, only);
+        for (int c; extra.next(c);) {
+          load(blocks[0], c + KEY_PAD, only);
+          blocks[0].multiply(query, gradient, minus_delta, only);
+          unsigned transposed[D_STEPS][4];
+          load_transposed(transposed, key_block_t + (c + KEY_PAD) * D_TOKEN);
+          differentiate(blocks[0], only);
+          sums.add(blocks[0].dp[g], c - tile_column - g * GROUP_COLUMNS, sums_of(shared), lane_here());
+          finish(blocks[0], transposed, only);
+        }
       }
     }
 #endif
   }
 
-  if (dq != nullptr) {
-    unsigned char* stage = shared + STAGE_AT + threadIdx.x / 32 * STAGE;
-    Element* target = shifted(dq, dq_layout, place.plane, place.row, region.first[2] + tile_column);
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-      store_group<HEAD_DIM>(target, dq_layout, acc[g], scales.result, stage, region.length[1] - place.row,
-                            g * GROUP_COLUMNS, region.length[2] - region.first[2] - tile_column, lane);
-  }
+  if (dq != nullptr)
+    store_tile<HEAD_DIM>(dq, step.dq, dq_layout, step, tables.queries, anew(item), shared, acc, scales.result);
 }

@@ -74,9 +74,9 @@ __device__ __forceinline__ void multiply_transposed(float (&c)[GROUPS][STEPS][4]
 
 // Where lane l's row of the four matrices of a block starts, given the slots of list rows l % 8 (+ 8).
 template <int ROW, int TOKEN>
-__device__ __forceinline__ unsigned block_row(const int (&slot)[2], int first, int second, int lane) {
+__device__ __forceinline__ unsigned block_row(const int (&slot)[ROW_HALVES], int first, int second, int lane) {
   const int half = lane >> first & 1, chunk = lane >> second & 1;
-  return (ROW_HALVES == 2 ? slot[half] : slot[0]) * ROW + (ROW_HALVES == 2 ? 0 : half * TOKEN) + chunk * 16;
+  return (half == 0 ? slot[0] : slot[ROW_HALVES - 1]) * ROW + (ROW_HALVES == 2 ? 0 : half * TOKEN) + chunk * 16;
 }
 
 // The 8 tokens of a group as a B operand, from `row`, the address of token l % 8.
@@ -100,70 +100,54 @@ __device__ __forceinline__ void load_group(unsigned (&b)[2 * STEPS], unsigned ro
 // Results of a group, D x 8 accumulators, through the warp's stage to memory.
 template <int D, int STEPS>
 __device__ __forceinline__ void store_group(Element* target, const Layout& s, const float (&c)[STEPS][4], float factor,
-                                            unsigned char* stage, int rows, int column, int columns, int lane) {
-  const unsigned address = shared_address(stage) + lane % 8 * STAGE_ROW + lane / 8 % 2 * 16;
+                                            unsigned char* stage, int height, int width, int lane) {
   __syncwarp();
+  unsigned r[STEPS][2];
 #pragma unroll
-  for (int step = 0; step < STEPS; ++step) {
-    unsigned r[2];
+  for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) r[h] = pack<Element>(c[step][2 * h] * factor, c[step][2 * h + 1] * factor);
+    for (int h = 0; h < 2; ++h) r[step][h] = pack<Element>(c[step][2 * h] * factor, c[step][2 * h + 1] * factor);
 #if __CUDA_ARCH__ >= 900
-    stmatrix_x2_transposed(address + step * 32, r);
+  const unsigned address = shared_address(stage) + lane % 8 * STAGE_ROW + lane / 8 * 16;
+#pragma unroll
+  for (int step = 0; step < STEPS; step += 2) {
+    if (step + 1 < STEPS)
+      stmatrix_x4_transposed(address + step * 32, {r[step][0], r[step][1], r[step + 1][0], r[step + 1][1]});
+    else
+      stmatrix_x2_transposed(address + step * 32, r[step]);  // lanes 16 to 31 give no address
+  }
 #else
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       *reinterpret_cast<unsigned*>(stage + lane / 4 * STAGE_ROW + step * 32 + h * 16 + lane % 4 * 4) =
-          movmatrix_transposed(r[h]);
+          movmatrix_transposed(r[step][h]);
 #endif
-  }
   __syncwarp();
   constexpr int CHUNKS = D / 8;
 #pragma unroll
   for (int at = 0; at < 8 * CHUNKS; at += 32) {
-    const int i = at + lane, token = i / CHUNKS, chunk = i % CHUNKS;
-    const int y = token % BAND, x = column + token / BAND;
-    if ((at + 32 <= 8 * CHUNKS || i < 8 * CHUNKS) && y < rows && x < columns)
-      *reinterpret_cast<uint4*>(target + (y * s.step[1] + x * s.step[2]) + chunk * 8) =
+    // Tokens n and n + 4 together, where 8 lanes read two: they miss each other's banks.
+    const int i = at + lane, n = i / CHUNKS, token = CHUNKS == 4 ? n / 2 + n % 2 * 4 : n, chunk = i % CHUNKS;
+    const int y = token % BAND, x = token / BAND;
+    if ((at + 32 <= 8 * CHUNKS || i < 8 * CHUNKS) && y < height && x < width)
+      *reinterpret_cast<uint4*>(target + distance(s, 0, y, x) + chunk * 8) =
           *reinterpret_cast<const uint4*>(stage + token * STAGE_ROW + chunk * 16);
   }
 }
 
-// The slots of list rows l % 8 and l % 8 + 8 of a row block, in planes from `first_plane` on.
-template <int RING>
-__device__ __forceinline__ void slots_of(int (&slot)[2], const Rows& rows, int first, int first_plane,
-                                         const Ring<RING>& ring, int lane) {
+// Results of a tile, given where the region's lie.
+template <int D, int STEPS, typename Bands>
+__device__ __forceinline__ void store_tile(Element* result, long long region, const Layout& s, const Step& step,
+                                           const Bands& bands, int item, unsigned char* shared,
+                                           const float (&c)[GROUPS][STEPS][4], float factor) {
+  const int b = item / TILES, column = item % TILES * TILE_COLUMNS, lane = lane_here();
+  const int plane = b / (REGION_1 / BAND), row = b % (REGION_1 / BAND) * BAND;
+  Element* target = result + region + distance(s, plane, row, column);
 #pragma unroll
-  for (int h = 0; h < ROW_HALVES; ++h) {
-    int plane, row;
-    rows.at(first + lane % 8 + 8 * h, plane, row);
-    slot[h] = (plane - first_plane) * RING + ring.of(row);
-  }
+  for (int g = 0; g < GROUPS; ++g)
+    store_group<D>(target + distance(s, 0, 0, g * GROUP_COLUMNS), s, c[g], factor,
+                   shared + STAGE_AT + warp_here() * STAGE, bands[b].height, step.width - column - g * GROUP_COLUMNS,
+                   lane);
 }
-
-// Of a group at this column of the region: the columns that its tokens' windows, or the windows that hold its
-// tokens, reach over, relative to the region.
-template <bool QUERIES>
-__device__ __forceinline__ Interval columns_needed(const Region& region, int column) {
-  const int first = region.first[2] + column, last = smaller(first + GROUP_COLUMNS, region.length[2]) - 1;
-  if (first > last) return {column, column};
-  const Interval x = QUERIES ? keys_of_range(2, first, last, region.length[2])
-                             : queries_of_range(2, first, last, region.length[2]);
-  return {x.start - region.first[2], x.end - region.first[2]};
-}
-
-// The blocks that a group takes beyond its own [start, end): on the left, then on the right.
-struct ExtraColumns {
-  int left, right, first, last;
-  __device__ __forceinline__ ExtraColumns(int start, int end, int needed_start, int needed_end)
-      : left(start), right(end), first(needed_start), last(needed_end) {}
-  __device__ __forceinline__ bool next(int& column) {
-    if (left > first) {
-      column = left -= BLOCK_COLUMNS;
-      return true;
-    }
-    column = right;
-    right += BLOCK_COLUMNS;
-    return column < last;
-  }
-};

@@ -31,10 +31,12 @@
 //
 // Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, THREADS, QUERY_WARPS, those
 // above; for keys around queries (KEY_) and queries around keys (QUERY_), planes SPAN_0 and rows RING of
-// shared memory, its COLUMNS and how many of them lie left of the region, PAD; the bias table's
-// LEAST_DIFFERENCE and TABLE_ROW; and for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a.
+// shared memory, its COLUMNS and how many of them lie left of the region, PAD; of bands of queries (QUERY_) and
+// of keys (KEY_), the length of the longest LIST of rows, in whole blocks; the bias table's LEAST_DIFFERENCE and
+// TABLE_ROW; SHARED, the bytes of shared memory; and for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a.
 #pragma once
 
+#include "common/scale.cuh"
 #include "common/types.cuh"
 #include "common/window.cuh"
 #include "ptx/cp_async.cuh"
@@ -48,8 +50,6 @@ using BiasElement = RPB;
 #else
 using BiasElement = float32;  // of a null pointer
 #endif
-
-constexpr float LOG2_E = 1.4426950408889634f;
 
 constexpr int GROUP_COLUMNS = 8 / BAND, BLOCK_COLUMNS = 16 / BLOCK_ROWS;
 constexpr int STEP = DENSE ? 0 : GROUP_COLUMNS / BLOCK_COLUMNS;  // blocks from one group's first to the next one's
@@ -88,15 +88,35 @@ static_assert(TABLE_ROW % 8 == 4, "4-byte words of 8 rows and 4 columns lie in 3
 
 constexpr int STAGE_ROW = odd_chunks(D_TOKEN > V_TOKEN ? D_TOKEN : V_TOKEN), STAGE = 8 * STAGE_ROW;
 
+// What the tiles of a band share, made once a step: the band's own rows and the list of rows that meet it.
+template <int LIST>
+struct Band {
+  int plane, row, rows, count;       // the list: its first plane and row, counted from the band's; rows of a plane; all
+  int height;                        // rows of the band within the map; 0: no such band
+  unsigned short own[BAND];          // slots
+  unsigned short slot[LIST];         // of the list's rows; beyond its end, the last one's
+  unsigned short table[LIST][BAND];  // where the bias table's row of each pair of rows starts
+};
+
+// What the tiles of a step share. Bands of queries have lists of keys and the other way round.
+struct Tables {
+  Band<QUERY_LIST> queries[BANDS];
+  Band<KEY_LIST> keys[BANDS];
+  int column[QUERY_COLUMNS];                             // each query column's place in the bias table
+  unsigned char query_extra[TILES], key_extra[TILES];  // whether some group takes extra blocks
+};
+
 constexpr int K_AT = 0, V_AT = K_AT + KEY_ROWS * K_ROW;
 constexpr int Q_AT = V_AT + KEY_ROWS * V_ROW, G_AT = Q_AT + QUERY_ROWS * Q_ROW;
 constexpr int SCALARS_AT = G_AT + QUERY_ROWS * G_ROW;
-constexpr int COLUMNS_AT = SCALARS_AT + QUERY_ROWS * QUERY_COLUMNS * 8;
-constexpr int TABLE_AT = (COLUMNS_AT + 2 * QUERY_COLUMNS * 4 + 15) / 16 * 16;
-constexpr int STAGE_AT = (TABLE_AT + KERNEL_2 * TABLE_VARIANT * 4 + 15) / 16 * 16;
+constexpr int TABLES_AT = SCALARS_AT + QUERY_ROWS * QUERY_COLUMNS * 8;  // the present step's, the next one's
+constexpr int BIAS_AT = (TABLES_AT + 2 * static_cast<int>(sizeof(Tables)) + 15) / 16 * 16;
+constexpr int STAGE_AT = (BIAS_AT + KERNEL_2 * TABLE_VARIANT * 4 + 15) / 16 * 16;
 constexpr int SUMS_AT = STAGE_AT + (THREADS / 32) * STAGE;  // of drpb, one table for each warp of queries
-constexpr int STEPS_AT = SUMS_AT + QUERY_WARPS * ENTRIES * 4, STEP_BYTES = 128;
-constexpr int SHARED_BYTES = STEPS_AT + 3 * STEP_BYTES;
+constexpr int STEPS_AT = (SUMS_AT + QUERY_WARPS * ENTRIES * 4 + 15) / 16 * 16, STEP_BYTES = 224;
+constexpr int LOADED_AT = STEPS_AT + 3 * STEP_BYTES, DONE_AT = LOADED_AT + 8;  // barriers
+constexpr int PLACES_AT = DONE_AT + 8;  // how far each warp is
+static_assert(PLACES_AT + THREADS / 32 * 4 <= SHARED, "natcore/planning/banded_geometry.py counts as much");
 
 // ---- sizes and strides: written by natcore/planning/banded.py ----
 
@@ -110,11 +130,44 @@ struct Layout {  // strides in elements; `step` is that of neighbours in a dilat
   int head, axis[3], step[3];
 };
 
+__device__ __forceinline__ long long distance(const Layout& s, int x0, int x1, int x2) {
+  return static_cast<long long>(x0) * s.step[0] + static_cast<long long>(x1) * s.step[1] +
+         static_cast<long long>(x2) * s.step[2];
+}
+
+template <typename T>
+__device__ __forceinline__ T* shifted(T* pointer, const Layout& s, int x0, int x1, int x2) {
+  return pointer + distance(s, x0, x1, x2);
+}
+
 __device__ constexpr int of_axis(int a, int x0, int x1, int x2) { return a == 0 ? x0 : a == 1 ? x1 : x2; }
 
 __device__ __forceinline__ Axis window_of(int a) {
   return {0, of_axis(a, KERNEL_0, KERNEL_1, KERNEL_2), of_axis(a, STRIDE_0, STRIDE_1, STRIDE_2), 1,
           of_axis(a, CAUSAL_0, CAUSAL_1, CAUSAL_2)};
+}
+
+// The same value, but what was computed from it before is computed anew.
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+// The thread's lane, warp and block, read anew, so that what comes from them takes no registers across a long loop.
+__device__ __forceinline__ int lane_here() {
+  unsigned lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane & 31;
+}
+__device__ __forceinline__ int warp_here() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread / 32;
+}
+__device__ __forceinline__ unsigned block_here() {
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
 }
 
 __device__ __forceinline__ float positive_infinity() { return __int_as_float(0x7f800000); }
@@ -179,12 +232,13 @@ struct Region {
     return first[0] < length[0] && first[1] < length[1] && first[2] < length[2];
   }
 
-  // Where in-group position (0, 0, 0) lies.
-  template <typename T>
-  __device__ __forceinline__ T* base(T* pointer, const Layout& s, int head) const {
-    return pointer + (batch * s.batch + static_cast<long long>(head) * s.head +
-                      static_cast<long long>(group[0]) * s.axis[0] + static_cast<long long>(group[1]) * s.axis[1] +
-                      static_cast<long long>(group[2]) * s.axis[2]);
+  // Where the dilation group's first token lies, in elements, and where the region's does.
+  __device__ __forceinline__ long long origin(const Layout& s, int head) const {
+    return batch * s.batch + static_cast<long long>(head) * s.head + static_cast<long long>(group[0]) * s.axis[0] +
+           static_cast<long long>(group[1]) * s.axis[1] + static_cast<long long>(group[2]) * s.axis[2];
+  }
+  __device__ __forceinline__ long long offset(const Layout& s, int head) const {
+    return origin(s, head) + distance(s, first[0], first[1], first[2]);
   }
 };
 
@@ -195,31 +249,12 @@ struct Step {
   Ring<KEY_RING> keys;
   Ring<QUERY_RING> queries;
   Interval new_keys, new_queries;  // rows to be loaded
-  int item;
-  int claimed;  // tiles of keys that warps have taken
-  bool loaded;
+  long long d_out, q, k, v, out, lse, d_lse;  // where the dilation group's first token lies
+  long long dq, dk, dv;                       // where the region's does
+  int width;                       // columns of the map from the region's first on
+  int item, end;  // the block's items end there
+  int keys_claimed, rows_claimed;  // tiles of keys, and new rows of queries for their scalars, that warps have taken
+  bool loaded;    // whether its rows can be fetched during the step before
+  __device__ __forceinline__ bool exists() const { return item < end; }
 };
 static_assert(sizeof(Step) <= STEP_BYTES, "steps are apart");
-
-template <typename T>
-__device__ __forceinline__ T* shifted(T* pointer, const Layout& s, int x0, int x1, int x2) {
-  return pointer + (static_cast<long long>(x0) * s.step[0] + static_cast<long long>(x1) * s.step[1] +
-                    static_cast<long long>(x2) * s.step[2]);
-}
-
-// Where a tile of a region lies.
-struct Place {
-  int plane, row, tile;  // of the region; `tile` counts tiles of columns
-  bool exists;
-  __device__ __forceinline__ Place(const Region& region, int item) {
-    const int band = item / TILES;
-    tile = item % TILES;
-    plane = region.first[0] + band / (REGION_1 / BAND);
-    row = region.first[1] + band % (REGION_1 / BAND) * BAND;
-    exists = plane < region.length[0] && row < region.length[1] &&
-             region.first[2] + tile * TILE_COLUMNS < region.length[2];
-  }
-  __device__ __forceinline__ int last_row(const Region& region) const {
-    return smaller(row + BAND, region.length[1]) - 1;
-  }
-};
