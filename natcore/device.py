@@ -96,6 +96,21 @@ def current(index: int) -> Iterator[None]:
         check(driver().cuCtxPopCurrent(), "cuCtxPopCurrent")
 
 
+@contextmanager
+def while_capturing() -> Iterator[None]:
+    """Lets this thread load kernels while a stream records a graph, for the length of the block.
+
+    Loading may allocate memory, which the driver takes for a mistake during a capture and answers by ruining the
+    graph, unless the thread says that it knows better.
+    """
+    relaxed = driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = check(driver().cuThreadExchangeStreamCaptureMode(relaxed), "cuThreadExchangeStreamCaptureMode")
+    try:
+        yield
+    finally:
+        check(driver().cuThreadExchangeStreamCaptureMode(before), "cuThreadExchangeStreamCaptureMode")
+
+
 @lru_cache
 def own_stream(index: int) -> int:
     """A stream of natcore's own on a GPU, for producers that have no current one. Lives as long as the process."""
@@ -130,7 +145,7 @@ def prepare_launch(launch: Launch, index: int) -> Any:
 
     A launch that fails while a graph is captured ruins the graph, so nothing is left to fail then.
     """
-    with current(index):
+    with while_capturing(), current(index):
         kernel = kernel_handle(launch.kernel)
         _check_launch(launch, kernel, index)
         if launch.shared_bytes:

@@ -202,7 +202,8 @@ def judge(build: Build, special: Specialised, rng: np.random.Generator, number: 
     arrays = arrays_of(build, case, host, rng)
     if not case.packed and case.batch > 1 and rng.random() < 0.2:
         broadcast(host, arrays, rng)
-    if rng.random() < 0.3:
+    # Where a query sees one key, dq is exactly 0 without d_lse, and no rounding error is small beside it.
+    if rng.random() < 0.3 and prod(case.window.kernel_size) > 1:
         host["d_lse"] = np.zeros_like(host["d_lse"])
         del arrays["d_lse"]
     try:

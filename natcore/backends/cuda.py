@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from natcore.device import current, device_count, driver, facts, prepare_launch, primary_context
+from natcore.device import (
+    current,
+    device_count,
+    driver,
+    facts,
+    prepare_launch,
+    primary_context,
+    while_capturing,
+)
 from natcore.errors import CudaError
 from natcore.planning import Config, Constant, Operand, Param, Plan, Scale, Workspace, facts_for_arch, plan_for
 from natcore.problem import Call
@@ -62,13 +70,15 @@ class CudaExecutable:
 
     def __init__(self, call: Call, device_index: int, config: Config | None) -> None:
         self._call, self._device_index, self._config = call, device_index, config
-        loaded = load_plan(call, device_index, config)
+        with while_capturing():
+            loaded = load_plan(call, device_index, config)
+            self._context = int(primary_context(device_index))
         self._local = threading.local()
         self._lay_out(loaded.plan, len(call.operands))
         module = driver()
         # What every launch needs, looked up once.
         self._launch_kernel, self._stream_handle = module.cuLaunchKernel, module.CUstream
-        self._current_context, self._context = module.cuCtxGetCurrent, int(primary_context(device_index))
+        self._current_context = module.cuCtxGetCurrent
         create = module.CUfunction
         self._launches = []  # what goes around the stream, and where the parameters start
         for kernel, launch in zip(loaded.kernels, loaded.plan.launches, strict=True):

@@ -1,5 +1,7 @@
 """torch_nat on a GPU: values, streams, graphs, compilation, whole models."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -207,6 +209,23 @@ def test_cuda_graph(warm: bool):
         graph.replay()
         for x, y in zip(captured, compute(), strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+FIRST = """
+import torch, torch_nat
+qkv = torch.randn(2, 14, 14, 3, 2, 32, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = torch_nat.na2d_qkvpacked(qkv, 7)
+graph.replay()
+torch.testing.assert_close(captured, torch_nat.na2d_qkvpacked(qkv, 7), rtol=0, atol=0)
+"""
+
+
+def test_cuda_graph_as_the_first_thing_of_a_process():
+    """Loading the first kernel of a process allocates memory, which a capture takes amiss by default."""
+    result = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
