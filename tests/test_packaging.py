@@ -76,7 +76,7 @@ def _project() -> dict:
 
 def test_extras_are_the_documented_ones_and_cuda_stays_off_macos():
     extras = _project()["optional-dependencies"]
-    assert set(extras) == {"torch", "jax", "cuda12", "cuda13", "demo", "dev"}
+    assert set(extras) == {"torch", "jax", "dense", "cuda12", "cuda13", "demo", "dev"}
     cuda = [line for line in [*_project()["dependencies"], *extras["cuda12"], *extras["cuda13"]] if "cuda" in line]
     assert len(cuda) == 5
     for line in cuda:
