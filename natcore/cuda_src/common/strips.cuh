@@ -40,6 +40,7 @@ using BiasElement = float32;  // of a null pointer
 #endif
 
 constexpr int GROUP_COLUMNS = 8 / BAND, BLOCK_COLUMNS = 16 / BLOCK_ROWS;
+constexpr bool TALL = BLOCK_ROWS == 16;
 constexpr int STEP = GROUP_COLUMNS / BLOCK_COLUMNS;  // blocks from one group's first to the next one's
 constexpr int TILE_BLOCKS = (GROUPS - 1) * STEP + BLOCKS;
 constexpr int TILE = GROUPS * GROUP_COLUMNS, STRIP = TILES * TILE;  // columns

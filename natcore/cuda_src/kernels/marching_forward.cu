@@ -16,10 +16,8 @@
 // Shared memory (NAT-Tiny, 56x56, two heads: strips of 56 columns, RING 5): rings of K and V, RING * BAND rows of
 // COLUMNS tokens of HEADS heads, 143 KB; QUERY_RING bands of Q, 32 KB; a stage for each warp, by which results reach
 // 16-byte stores, 18 KB; two bias tables a head, 6 KB; barriers.
-#include "common/strip_bias.cuh"
 #include "common/strip_loads.cuh"
-#include "ptx/ldmatrix.cuh"
-#include "ptx/math.cuh"
+#include "common/strip_products.cuh"
 
 // A warp's tile within a run: its first column, the first that it stores, and how its windows lie.
 struct Tile {
@@ -39,128 +37,30 @@ struct Tile {
   }
 };
 
-// The 8 queries of a group as B operands, times `factor`; `row` and `byte` are where query lane % 8 lies.
-__device__ __forceinline__ void load_queries(unsigned (&b)[2 * D_STEPS], unsigned row, int byte, float factor,
-                                             int lane) {
+// Where this lane's key of a tile's first block lies in a ring of rows, for each step: row i of the band's list, or a
+// masked copy of its last row. `first` is the ring row of row 0 of the map, give or take the ring's length.
+template <typename Rows, int STEPS>
+__device__ __forceinline__ void find_keys(unsigned (&at)[STEPS], unsigned ring, int byte, const Interval& rows, int i,
+                                          int first) {
+  const int y = smaller(rows.start + i, rows.end - 1), place = y + first;
+  const unsigned row = ring + (place < RING * BAND ? place : place - RING * BAND) * Rows::PITCH;
 #pragma unroll
-  for (int step = 0; step < D_STEPS; step += 2) {
-    unsigned r[4];
-    const int chunk = smaller(step * 32 + lane / 8 * 16, D_STEPS * 32 - 16);
-    ldmatrix_x4(r, row + QueryRows::at(byte + chunk, lane % 8 % BAND));
-#pragma unroll
-    for (int i = 0; i < 4 && 2 * step + i < 2 * D_STEPS; ++i) b[2 * step + i] = r[i];
-  }
-  if (factor != 1.f) {
-#pragma unroll
-    for (unsigned& pair : b) pair = pack<Element>(factor * low<Element>(pair), factor * high<Element>(pair));
-  }
+  for (int step = 0; step < STEPS; ++step) at[step] = row + Rows::at(byte + step * 32, y);
 }
 
-using Scores = float[GROUPS][BLOCKS][4];  // element i: key i / 2 * 8 + lane / 4 of a block, query 2 (lane % 4) + i % 2
-
-// S = bias + mask + K Q^T of a tile. `keys` is where this lane's key of the first block lies, for each step; `bias`, of
-// query e of its pair and key half h, the bias of the first block's first column.
-template <bool CLAMPED>
-__device__ __forceinline__ void score(Scores& s, const unsigned (&query)[GROUPS][2 * D_STEPS],
-                                      const unsigned (&keys)[D_STEPS],
-                                      const float* const (&bias)[2][2], const unsigned (&lacks)[GROUPS][2], int lane) {
+// The rows of the bias table of this lane's pairs, see `score`; the band starts at row y.
+__device__ __forceinline__ void find_bias(const float* (&bias)[2][2], const float* table, const Interval& rows, int y,
+                                          int length, int lane) {
 #pragma unroll
-  for (int b = 0; b < TILE_BLOCKS; ++b) {
-    unsigned key[D_STEPS][4];
+  for (int e = 0; e < 2; ++e) {
+    const int mine = y + (lane % 4 * 2 + e) % BAND;
+    const Interval seen = keys_of(window_of(0), smaller(mine, length - 1), length);
 #pragma unroll
-    for (int step = 0; step < D_STEPS; ++step)
-      ldmatrix_x4(key[step], keys[step] + b * (BLOCK_COLUMNS * K::TOKEN));
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      const int own = b - g * STEP;
-      if (own < 0 || own >= BLOCKS) continue;
-      float(&c)[4] = s[g][own];
-      const int column = own * BLOCK_COLUMNS;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) c[i] = bias[i % 2][i / 2][column];
-      if (CLAMPED) mask_columns(c, own, lacks[g], lane);
-#pragma unroll
-      for (int step = 0; step < D_STEPS; ++step)
-        Mma<Element>::m16n8k16(c, key[step][0], key[step][1], key[step][2], key[step][3], query[g][2 * step],
-                               query[g][2 * step + 1], c);
+    for (int h = 0; h < 2; ++h) {
+      const int key = rows.start + lane / 4 + (TALL ? 8 * h : 0);
+      const int at = seen.start <= key && key < seen.end ? key - mine + KERNEL_0 - 1 : MASKED_ROW;
+      bias[e][h] = table + at * TABLE_ROW + (TALL ? 0 : h);
     }
-  }
-}
-
-// Scores become exp2(unit (s - top)).
-__device__ __forceinline__ void soften(Scores& s, float (&top)[GROUPS][2], float unit) {
-#pragma unroll
-  for (int g = 0; g < GROUPS; ++g) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float most = fmaxf(s[g][0][e], s[g][0][e + 2]);
-#pragma unroll
-      for (int b = 1; b < BLOCKS; ++b) most = fmaxf(most, fmaxf(s[g][b][e], s[g][b][e + 2]));
-#pragma unroll
-      for (int other = 4; other < 32; other *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, other));
-      top[g][e] = most;
-    }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const float shift = top[g][e] * unit;
-#pragma unroll
-      for (int b = 0; b < BLOCKS; ++b) {
-#pragma unroll
-        for (int i = e; i < 4; i += 2) s[g][b][i] = ex2_approx(__fmaf_rn(s[g][b][i], unit, -shift));
-      }
-    }
-  }
-}
-
-// O^T = V^T P^T. `values` is where this lane's key of the first block lies, for each step. A product with ones sums the
-// weights as they are rounded for O; all rows of `sum` are the same.
-__device__ __forceinline__ void weigh(float (&o)[GROUPS][V_STEPS][4], float (&sum)[GROUPS][4], const Scores& p,
-                                      const unsigned (&values)[V_STEPS]) {
-  const unsigned ones = pack<Element>(1.f, 1.f);
-#pragma unroll
-  for (int b = 0; b < TILE_BLOCKS; ++b) {
-    unsigned value[V_STEPS][4], weight[GROUPS][2];
-#pragma unroll
-    for (int step = 0; step < V_STEPS; ++step)
-      ldmatrix_x4_transposed(value[step], values[step] + b * (BLOCK_COLUMNS * V::TOKEN));
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      const int own = b - g * STEP;
-      if (own < 0 || own >= BLOCKS) continue;
-      const float(&c)[4] = p[g][own];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) weight[g][h] = movmatrix_transposed(pack<Element>(c[2 * h], c[2 * h + 1]));
-#pragma unroll
-      for (int step = 0; step < V_STEPS; ++step)
-        Mma<Element>::m16n8k16(o[g][step], value[step][0], value[step][1], value[step][2], value[step][3],
-                               weight[g][0], weight[g][1], o[g][step]);
-      Mma<Element>::m16n8k16(sum[g], ones, ones, ones, ones, weight[g][0], weight[g][1], sum[g]);
-    }
-  }
-}
-
-// O of a group, divided by `sum`, into 8 rows of the warp's stage.
-__device__ __forceinline__ void stage_output(unsigned char* stage, const float (&o)[V_STEPS][4], const float (&sum)[4],
-                                             int lane) {
-  float inverse[2];
-#pragma unroll
-  for (int e = 0; e < 2; ++e) inverse[e] = rcp_approx(sum[e]);
-#pragma unroll
-  for (int step = 0; step < V_STEPS; ++step) {
-    unsigned r[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) r[h] = pack<Element>(o[step][2 * h] * inverse[0], o[step][2 * h + 1] * inverse[1]);
-#if __CUDA_ARCH__ >= 900
-    const int query = lane % 8;
-    const int chunk = OutRows::chunk(query, 2 * step + lane / 8 % 2);
-    stmatrix_x2_transposed(shared_address(stage) + query * OutRows::PITCH + chunk, r);
-#else
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      *reinterpret_cast<unsigned*>(stage + lane / 4 * OutRows::PITCH + OutRows::chunk(lane / 4, 2 * step + h) +
-                                   lane % 4 * 4) =
-          movmatrix_transposed(r[h]);
-#endif
   }
 }
 
@@ -209,7 +109,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int head = warp / TILES, number = warp % TILES;
   const int row = lane / 4, pair = lane % 4 * 2;  // this lane's key of 8 and its first query of a group
   // Lanes of ldmatrix: K as A operand and V as its transpose; which key of a block, which 16 bytes of it.
-  constexpr bool TALL = BLOCK_ROWS == 16;
   const int key_half = lane / 8 % 2, value_half = lane / 16;
   const int key_lane = head * (D_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * K::TOKEN);
   const int value_lane = head * (V_STEPS * 32) + lane / 8 % 2 * 16 + (TALL ? 0 : value_half * V::TOKEN);
@@ -277,32 +176,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       if (lane == 0) mbarrier_arrive(barriers.queries_empty(turn.slot));
       turn.advance();
       if (tile.exists) {
-        // Where keys lie; list rows beyond the band's last are masked copies of it.
         unsigned keys[D_STEPS], values[V_STEPS];
-        const auto ring_row = [&](int y) {
-          const int at = y + SHIFT + (held.slot - least) * BAND;
-          return at < RING * BAND ? at : at - RING * BAND;
-        };
-        const int key_row = smaller(rows.start + lane % 8 + (TALL ? 8 * key_half : 0), rows.end - 1);
-        const int value_row = smaller(rows.start + lane % 8 + (TALL ? 8 * value_half : 0), rows.end - 1);
-#pragma unroll
-        for (int step = 0; step < D_STEPS; ++step)
-          keys[step] = base + K_AT + ring_row(key_row) * K::PITCH + K::at(key_byte + step * 32, key_row);
-#pragma unroll
-        for (int step = 0; step < V_STEPS; ++step)
-          values[step] = base + V_AT + ring_row(value_row) * V::PITCH + V::at(value_byte + step * 32, value_row);
+        const int first = SHIFT + (held.slot - least) * BAND;
+        find_keys<K>(keys, base + K_AT, key_byte, rows, lane % 8 + (TALL ? 8 * key_half : 0), first);
+        find_keys<V>(values, base + V_AT, value_byte, rows, lane % 8 + (TALL ? 8 * value_half : 0), first);
         const float* bias[2][2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int mine = y + (pair + e) % BAND;
-          const Interval seen = keys_of(window_of(0), smaller(mine, run.length[0] - 1), run.length[0]);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int key = rows.start + row + (TALL ? 8 * h : 0);
-            const int at = seen.start <= key && key < seen.end ? key - mine + KERNEL_0 - 1 : MASKED_ROW;
-            bias[e][h] = table + at * TABLE_ROW + (TALL ? 0 : h);
-          }
-        }
+        find_bias(bias, table, rows, y, run.length[0], lane);
         Scores s;
         if (tile.clamped) {
           score<true>(s, query, keys, bias, lacks, lane);
