@@ -13,9 +13,9 @@
 //     k k k k k k k k k k k k k
 //     . . . . . . . . . . . . .      One warp's tile: two groups of 4 x 2 queries, and its keys.
 //
-// Shared memory (NAT-Tiny, 56x56, two heads: strips of 56 columns, RING 5): rings of K and V, RING * BAND rows of
-// COLUMNS tokens of HEADS heads, 143 KB; QUERY_RING bands of Q, 32 KB; a stage for each warp, by which results reach
-// 16-byte stores, 18 KB; two bias tables a head, 6 KB; barriers.
+// Shared memory (NAT-Tiny, 56x56, strips of 56 columns with one head, two blocks an SM, RING 6): rings of K and V,
+// RING * BAND rows of COLUMNS tokens of HEADS heads, 84 KB; QUERY_RING bands of Q, 14 KB; a stage for each warp, by
+// which results reach 16-byte stores, 7 KB; two bias tables a head, 3 KB; barriers.
 #include "common/strip_loads.cuh"
 #include "common/strip_products.cuh"
 
