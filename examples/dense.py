@@ -101,6 +101,16 @@ def make(task: dense.Task, **options: object) -> nn.Module:
     return build(NAT(BACKBONE), num_classes=10, channels=CHANNELS, **(small | options))
 
 
+def possible() -> tuple[dense.Task, ...]:
+    """Segmentation, and detection where there is torchvision."""
+    try:
+        _ = dense.cascade_mask_rcnn
+    except ImportError as error:
+        print(f"Cascade Mask R-CNN is left out. {error}")
+        return ("upernet",)
+    return "upernet", "cascade_mask_rcnn"
+
+
 def losses(model: nn.Module, scenes: list[Scene]) -> dict[str, Tensor]:
     """What a model has to make small.
 
@@ -217,12 +227,12 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    models = {task: make(task) for task in options.task or possible()}
     training, unseen = digits.load()
     rng = np.random.default_rng(0)
     held_out = [scene(unseen, np.random.default_rng((1, index))) for index in range(options.validation)]
     results: dict[str, list] = {}
-    for task in options.task or ("upernet", "cascade_mask_rcnn"):
-        model = make(task)
+    for task, model in models.items():
         train(model, [[scene(training, rng) for _ in range(options.batch)] for _ in range(options.steps)])
         results[task] = predict(model, held_out)
         measure = "mean IoU" if task == "upernet" else "F1 of masks"
