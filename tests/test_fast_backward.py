@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from natcore.backends import prepare
-from natcore.planning import Config, banded, facts_for_arch, plan_for
+from natcore.planning import Config, facts_for_arch, operands, plan_for
 from natcore.planning.banded_cost import choose_geometry
 from natcore.planning.banded_geometry import Columns, intervals
 from natcore.planning.listed import contiguous_call
@@ -33,8 +33,8 @@ def fitting(case: Case) -> Case:
 
 
 def able(case: Case) -> bool:
-    grouped = case.heads != case.heads_kv
-    return not (case.extra or grouped or case.batch == 0) and max(case.head_dim, case.head_dim_v) <= banded.MAX_HEAD_DIM
+    grouped, wide = case.heads != case.heads_kv, max(case.head_dim, case.head_dim_v) > operands.MAX_HEAD_DIM
+    return not (case.extra or grouped or case.batch == 0 or wide)
 
 
 def problem_for(case: Case, dtype: str) -> Problem:

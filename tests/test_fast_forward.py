@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from natcore import reference
 from natcore.backends import prepare
-from natcore.planning import Config, facts_for_arch, marching, plan_for, tiled, tiling
+from natcore.planning import Config, facts_for_arch, marching, operands, plan_for, tiled, tiling
 from natcore.problem import OPERANDS, Call, call_of, problem_of
 from natcore.views import Device, View, contiguous_strides
 from tests.cases import CASES, Case, check, inputs, random_case
@@ -46,7 +46,7 @@ def call_for(case: Case, dtype: str) -> Call:
 
 def able(case: Case) -> bool:
     """Whether the kernel takes the case; a head dimension is made a multiple of 8 by `fitting`."""
-    return case.extra == 0 and max(case.head_dim, case.head_dim_v) <= tiled.MAX_HEAD_DIM
+    return case.extra == 0 and max(case.head_dim, case.head_dim_v) <= operands.MAX_HEAD_DIM
 
 
 def fitting(case: Case) -> Case:

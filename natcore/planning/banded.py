@@ -14,6 +14,7 @@ from math import ceil
 from natcore.planning import listed
 from natcore.planning.banded_cost import choose_geometry
 from natcore.planning.banded_geometry import Geometry
+from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -25,14 +26,10 @@ from natcore.planning.plan import (
     Plan,
     Scale,
     Workspace,
-    capability,
 )
 from natcore.problem import OPERANDS, Call
-from natcore.views import ITEM_SIZES
 
-MAX_HEAD_DIM = 128
 BIAS_WARPS = 16
-_ROWS = ("d_out", "q", "k", "v", "out", "dq", "dk", "dv")
 _LAYOUTS = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq", "dk", "dv")
 OPTIONS = (
     *("band", "block_rows", "groups", "region0", "region1", "region2"),
@@ -42,15 +39,10 @@ OPTIONS = (
 
 def _layout(call: Call, name: str, g: Geometry) -> bytes:
     """struct Layout of one operand; of absent ones, zeros."""
-    strides = call.strides[OPERANDS["backward"].index(name)]
+    strides = strides_of(call, name)
     if strides is None:
         return bytes(40)
-    if name == "rpb":
-        batch, given, head = 0, strides[1:], strides[0]
-    elif name in ("lse", "d_lse"):
-        batch, given, head = strides[0], strides[1:-1], strides[-1]
-    else:
-        batch, given, head = strides[0], strides[1:-2], strides[-2]
+    batch, given, head = strides
     planes = 0
     if g.batch_is_axis:
         batch, planes = 0, batch
@@ -66,7 +58,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
         raise ValueError(f"config: {g} needs {g and g.shared_bytes} bytes of shared memory.")
     problem, slices = call.problem, g.slices(facts)
     index = OPERANDS["backward"].index
-    operands = tuple(Operand(index(name), 16 if name in _ROWS else 1) for name in _LAYOUTS)
+    operands = tuple(Operand(index(name), alignment(name)) for name in _LAYOUTS)
     extents = (axis.extent for axis in g.axes)
     sizes = struct.pack("=9i4x", *extents, *g.regions, g.batch, problem.heads, slices)
     params = Constant(sizes + b"".join(_layout(call, name, g) for name in _LAYOUTS))
@@ -105,23 +97,14 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     p = call.problem
     if call.direction != "backward":
         return "there is no banded forward."
-    if capability(facts.arch) < 80:
-        return f"{facts.arch} is too old; the banded kernel runs on sm_80 and later."
-    if ITEM_SIZES[p.dtype] != 2:
-        return f"dtype {p.dtype}: the banded kernel takes float16 and bfloat16."
-    if p.head_dim % 8 or p.head_dim_v % 8 or max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
-        return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: multiples of 8 up to {MAX_HEAD_DIM} are supported."
+    reason = refusal_of_elements(call, facts, "banded")
+    if reason is not None:
+        return reason
     if p.extra or p.batch == 0 or p.heads != p.heads_kv:
         return "additional keys, empty batches and grouped heads are for the general kernels."
-    for name, strides in zip(call.operands, call.strides, strict=True):
-        if strides is None:
-            continue
-        shape = p.shapes[name]
-        odd = [s for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1 and s % 8]
-        if name in _ROWS and (strides[-1] != 1 or odd):
-            return f"{name} has strides {strides}: all but the last must be multiples of 8, and that 1."
-        if max(abs(s) * max(p.window.dilation) for s in strides) >= 1 << 31:
-            return f"{name} has strides {strides}, beyond 32 bits."
+    reason = refusal_of_strides(call, 1 << 31, "32 bits")
+    if reason is not None:
+        return reason
     if choose_geometry(p, facts, {}) is None:
         return f"kernel_size {p.window.kernel_size}: not even the neighbourhood of 8 queries fits into shared memory."
     return None

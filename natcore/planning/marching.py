@@ -13,6 +13,7 @@ from functools import partial
 from natcore.planning import listed
 from natcore.planning.marching_cost import choose_geometry
 from natcore.planning.marching_geometry import Geometry
+from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -23,29 +24,20 @@ from natcore.planning.plan import (
     Operand,
     Plan,
     Scale,
-    capability,
 )
 from natcore.problem import OPERANDS, Call
-from natcore.views import ITEM_SIZES
 
-MAX_HEAD_DIM = 128
 LEAST_COLUMNS = 8  # a map's; on narrower ones the tiled kernel was faster
-_ROWS = ("q", "k", "v", "out")
 _OPERANDS = ("q", "k", "v", "rpb", "out", "lse")
 OPTIONS = ("band", "block_rows", "groups", "tiles", "heads", "ring", "query_ring", "producers", "blocks_per_sm")
 
 
 def _layout(call: Call, name: str, g: Geometry) -> bytes:
     """struct Layout of one operand; of absent ones, zeros."""
-    strides = call.strides[OPERANDS["forward"].index(name)]
+    strides = strides_of(call, name)
     if strides is None:
         return bytes(32)
-    if name == "rpb":
-        batch, axis, head = 0, strides[1:], strides[0]
-    elif name == "lse":
-        batch, axis, head = strides[0], strides[1:-1], strides[-1]
-    else:
-        batch, axis, head = strides[0], strides[1:-2], strides[-2]
+    batch, axis, head = strides
     step = [s * x.dilation for s, x in zip(axis, g.axes, strict=True)]
     return struct.pack("=q5i4x", batch, head, *axis, *(axis if name == "rpb" else step))
 
@@ -68,7 +60,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
         slices,
     )
     params = Constant(sizes + b"".join(_layout(call, name, g) for name in _OPERANDS))
-    operands = tuple(Operand(OPERANDS["forward"].index(name), 16 if name in _ROWS else 1) for name in _OPERANDS)
+    operands = tuple(Operand(OPERANDS["forward"].index(name), alignment(name)) for name in _OPERANDS)
     launch = Launch(
         KernelSpec("marching_forward", g.defines, facts.arch),
         (g.head_groups * slices, 1, 1),
@@ -84,24 +76,16 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     p = call.problem
     if p.window.rank != 2:
         return f"{p.window.rank}-D windows are for the tiled kernel."
-    if capability(facts.arch) < 80:
-        return f"{facts.arch} is too old; the marching kernel runs on sm_80 and later."
-    if ITEM_SIZES[p.dtype] != 2:
-        return f"dtype {p.dtype}: the marching kernel takes float16 and bfloat16."
-    if p.head_dim % 8 or p.head_dim_v % 8 or max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
-        return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: multiples of 8 up to {MAX_HEAD_DIM} are supported."
+    reason = refusal_of_elements(call, facts, "marching")
+    if reason is not None:
+        return reason
     if p.spatial[1] // p.window.dilation[1] < LEAST_COLUMNS:
         return f"{p.spatial[1]} columns with dilation {p.window.dilation[1]}: narrow maps are for the tiled kernel."
     if p.extra or p.batch == 0:
         return "additional keys and empty batches are for the general kernel."
-    for name, strides in zip(call.operands, call.strides, strict=True):
-        if strides is None:
-            continue
-        odd = [s for s, n in zip(strides[:-1], p.shapes[name][:-1], strict=True) if n > 1 and s % 8]
-        if name in _ROWS and (strides[-1] != 1 or odd):
-            return f"{name} has strides {strides}: all but the last must be multiples of 8, and that 1."
-        if max(abs(s) * max(p.window.dilation) for s in strides[1:]) >= 1 << 27:
-            return f"{name} has strides {strides}, beyond the 32 bits of offsets inside a tile."
+    reason = refusal_of_strides(call, 1 << 27, "the 32 bits of offsets inside a tile", first=1)
+    if reason is not None:
+        return reason
     if choose_geometry(p, facts, {}) is None:
         return f"kernel_size {p.window.kernel_size}: the windows of 8 queries do not fit a row of blocks."
     return None

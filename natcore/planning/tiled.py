@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 from natcore.planning import listed
+from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -23,15 +24,11 @@ from natcore.planning.plan import (
     Operand,
     Plan,
     Scale,
-    capability,
 )
 from natcore.planning.tiling import TILE_QUERIES, Geometry
 from natcore.planning.tiling_cost import MAX_BLOCKS, TILES, choose_geometry, is_legal
 from natcore.problem import OPERANDS, Call, Problem
-from natcore.views import ITEM_SIZES
 
-MAX_HEAD_DIM = 128
-_ROWS = ("q", "k", "v", "out")
 _LAYOUTS = ("q", "k", "v", "rpb", "out", "lse")
 OPTIONS = (
     "axes",
@@ -88,15 +85,10 @@ def _divisor(d: int) -> bytes:
 
 def _layout(call: Call, name: str, g: Geometry) -> bytes:
     """struct Layout of one operand; of absent ones, zeros."""
-    strides = call.strides[OPERANDS["forward"].index(name)]
+    strides = strides_of(call, name)
     if strides is None:
         return bytes(40)
-    if name == "rpb":
-        batch, axes, head = 0, strides[1:], strides[0]
-    elif name == "lse":
-        batch, axes, head = strides[0], strides[1:-1], strides[-1]
-    else:
-        batch, axes, head = strides[0], strides[1:-2], strides[-2]
+    batch, axes, head = strides
     axis = [axes[a] if a >= 0 else 0 for a in g.order]
     step = [s * x.dilation for s, x in zip(axis, g.axes, strict=True)]
     return struct.pack("=q7i4x", batch, head, *axis, *(step if name != "rpb" else axis))
@@ -110,8 +102,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     g = configured(call, facts, options)
     kernel = KernelSpec("tiled_forward", g.defines, facts.arch)
     operands = tuple(
-        Operand(OPERANDS["forward"].index(name), 16 if name in _ROWS else 1)
-        for name in ("q", "k", "v", "rpb", "out", "lse")
+        Operand(OPERANDS["forward"].index(name), alignment(name)) for name in ("q", "k", "v", "rpb", "out", "lse")
     )
     sizes = struct.pack("=5i", *(axis.extent for axis in g.axes), problem.batch, g.splits)
     divisors = (problem.heads, problem.heads // problem.heads_kv, *g.regions)
@@ -126,24 +117,14 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     p = call.problem
     if call.direction != "forward":
         return "there is no tiled backward."
-    if capability(facts.arch) < 80:
-        return f"{facts.arch} is too old; the tiled kernel runs on sm_80 and later."
-    if ITEM_SIZES[p.dtype] != 2:
-        return f"dtype {p.dtype}: the tiled kernel takes float16 and bfloat16."
-    if p.head_dim % 8 or p.head_dim_v % 8 or max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
-        return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: multiples of 8 up to {MAX_HEAD_DIM} are supported."
+    reason = refusal_of_elements(call, facts, "tiled")
+    if reason is not None:
+        return reason
     if p.extra:
         return "additional keys are for the general kernel."
-    for name, strides in zip(call.operands, call.strides, strict=True):
-        if strides is None:
-            continue
-        shape = p.shapes[name]
-        if name in _ROWS and (
-            strides[-1] != 1 or any(s % 8 for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
-        ):
-            return f"{name} has strides {strides}: all but the last must be multiples of 8, and that 1."
-        if max(abs(s) * max(p.window.dilation) for s in strides[1:]) >= 1 << 27:
-            return f"{name} has strides {strides}, beyond the 32 bits of offsets inside a tile."
+    reason = refusal_of_strides(call, 1 << 27, "the 32 bits of offsets inside a tile", first=1)
+    if reason is not None:
+        return reason
     g = _best(p, facts) if p.batch else None
     if p.batch and (g is None or g.grid >= 1 << 31):
         return _too_large(p)
