@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from torch_nat.compat import dinat
 from torch_nat.hf.configuration import NatConfig
 from torch_nat.layers import DropPath
+from torch_nat.models import ConvDownsampler
 
 Maps = tuple[Tensor, ...]
 
@@ -135,18 +136,6 @@ class NatLayer(nn.Module):
         return x if self.layer_scale_parameters is None else self.layer_scale_parameters[branch] * x
 
 
-class NatDownsampler(nn.Module):
-    """One 3x3 convolution of stride 2, and a norm."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
 class NatStage(nn.Module):
     """Blocks at one resolution and, but for the last stage, the way to the next."""
 
@@ -155,7 +144,7 @@ class NatStage(nn.Module):
         dim, first, total = config.embed_dim * 2**stage, sum(config.depths[:stage]), sum(config.depths)
         rates = [config.drop_path_rate * (first + i) / max(total - 1, 1) for i in range(config.depths[stage])]
         self.layers = nn.ModuleList(NatLayer(config, dim, config.num_heads[stage], rate) for rate in rates)
-        self.downsample = NatDownsampler(dim) if stage < len(config.depths) - 1 else None
+        self.downsample = ConvDownsampler(dim) if stage < len(config.depths) - 1 else None
 
     def forward(self, x: Tensor, output_attentions: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """The next stage's input, the map before downsampling, the last block's weights."""
