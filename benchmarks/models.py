@@ -38,8 +38,8 @@ from natcore.models import MODELS
 
 _DROP_PATH = 0.2
 _COMPILED = {"compiled": None, "graphs": "reduce-overhead"}
-RUNS = ("inference:compiled", "training:compiled", "inference:graphs", "inference:eager")
-MORE_RUNS = ("training:graphs", "training:eager")
+RUNS = ("inference:compiled", "training:compiled", "training:graphs", "inference:graphs", "inference:eager")
+MORE_RUNS = ("training:eager",)
 _COMPILING = 0.45  # of the budget, at most
 CHANNELS_LAST = "@channels_last"
 JAX = "jax:"

@@ -291,6 +291,7 @@ def test_the_most_wanted_model_figures_come_first():
     assert [(f.model, f.job, f.mode) for f in figures] == [
         *((name, job, "compiled") for job in ("inference", "training") for name in ("nat_tiny", "swin")),
         ("jax:nat_tiny", "inference", "jit"),
+        *((name, "training", "graphs") for name in ("nat_tiny", "swin")),
         *((name, "inference", mode) for mode in ("graphs", "eager") for name in ("nat_tiny", "swin")),
     ]
 
