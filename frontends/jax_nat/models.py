@@ -120,6 +120,16 @@ def _padded(x: jax.Array, bottom: int, right: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0))) if bottom or right else x
 
 
+def _gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, x / 2 * (1 + erf(x / sqrt 2)), rounded to x's dtype once, at the end.
+
+    As torch computes it. `jax.nn.gelu` goes through erfc, of which XLA makes a long polynomial with divisions, and
+    rounds erfc's argument to x's dtype, on a GPU in a kernel of its own.
+    """
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
+
+
 class Mlp(nnx.Module):
     """Linear, exact GELU, linear."""
 
@@ -130,7 +140,7 @@ class Mlp(nnx.Module):
         self.drop = dropout(drop, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.drop(self.fc2(self.drop(jax.nn.gelu(self.fc1(x), approximate=False))))
+        return self.drop(self.fc2(self.drop(_gelu(self.fc1(x)))))
 
 
 class NATBlock(nnx.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from math import erfc, prod
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 
 import jax_nat
 from jax_nat.checkpoints import _AXES_TO_TORCH, _name
+from jax_nat.models import _gelu
 from natcore.models import MODELS, NATConfig
 
 pytest.importorskip("torch")
@@ -259,6 +260,51 @@ def test_modules_equal_torch(rank):
     x = np.random.default_rng(1).standard_normal((2, *(9, 7, 6)[:rank], 48)).astype(np.float32)
     with torch.no_grad():
         agree(ours(x), theirs(torch.from_numpy(x)))
+
+
+def gelu_by_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """GELU and its derivative in float64."""
+    below = 0.5 * np.vectorize(erfc)(-x * 0.5**0.5)
+    return x * below, below + x * np.exp(-0.5 * x * x) / (2 * np.pi) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda dtype: dtype.__name__)
+def test_gelu_is_rounded_once(dtype):
+    """To half a unit in the last place, but for float32's own error; jax.nn.gelu is off by several."""
+    x = jnp.asarray(np.random.default_rng(0).uniform(-12, 12, 20_000), dtype)
+    value, slope = gelu_by_numpy(np.asarray(x, np.float64))
+    half_unit = float(jnp.finfo(dtype).eps) / 2
+    subnormal = float(jnp.finfo(dtype).smallest_subnormal) / 2
+
+    def worst(actual, expected):
+        error = np.abs(np.asarray(actual, np.float64) - expected)
+        return (error / (half_unit * np.abs(expected) + subnormal + 2e-6)).max()
+
+    assert worst(jax.jit(_gelu)(x), value) <= 1
+    assert worst(jax.vmap(jax.grad(_gelu))(x), slope) <= 1
+    if dtype != jnp.float32:
+        assert worst(jax.nn.gelu(x, approximate=False), value) > 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32], ids=lambda dtype: dtype.__name__)
+def test_gelu_far_out(dtype):
+    x = jnp.asarray([0, 20, -20, float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).min)], dtype)
+    np.testing.assert_array_equal(_gelu(x), jnp.maximum(x, 0))
+    np.testing.assert_array_equal(jax.vmap(jax.grad(_gelu))(x), jnp.asarray([0.5, 1, 0, 1, 0], dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_gelu_is_one_fusion(dtype):
+    """One pass over x and one erf, and nothing computed in x's dtype, which XLA would put in a kernel of its own."""
+    lowered = jax.jit(_gelu).lower(jax.ShapeDtypeStruct((64, 384), dtype))
+    multiplications = [line for line in lowered.as_text().splitlines() if "stablehlo.multiply" in line]
+    assert multiplications and all(line.endswith("xf32>") for line in multiplications)
+    program = lowered.compile().as_text()
+    assert program.count(" erf(") == 1
+    entry = [
+        line for line in program[program.index("ENTRY") :].splitlines() if " = " in line and "parameter(" not in line
+    ]
+    assert len(entry) == 1 and " fusion(" in entry[0]
 
 
 def test_bad_arguments_are_refused():
