@@ -1,7 +1,12 @@
-"""Runs plans of the general kernels on the host: the kernels' own source, compiled by the system's C++ compiler.
+"""Runs plans on the host: the kernels' own source, compiled by the system's C++ compiler.
 
-With one lane a row and one thread a block (options that the plans take) a kernel is a plain loop, so
-everything but the shuffles is tested without a GPU: geometry, strides, packing of parameters, plans.
+`run` takes plans of the general kernels with one lane a row and one thread a block (options that these plans take): a
+kernel is a plain loop then, so everything but the shuffles is tested without a GPU: geometry, strides, packing of
+parameters, plans.
+
+`run_blocks` takes plans of whole blocks: every thread is a fiber (fibers.h), and barriers, asynchronous copies, warp
+shuffles and tensor core products are those of block.h, warp.h and ptx/. The logic of a tensor core kernel is tested
+without a GPU: which lane holds what, who waits for whom, where in shared memory things lie.
 """
 
 from __future__ import annotations
@@ -11,44 +16,99 @@ import hashlib
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from pathlib import Path
 
 import numpy as np
 
 from natcore.compiling import SOURCES
 from natcore.planning import Config, Constant, KernelSpec, Launch, Operand, Plan, Scale, Workspace
+from natcore.planning.plan import capability
 
 HERE = Path(__file__).parent
 CONFIG = Config("general", (("lanes", 1), ("threads", 1)))
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
-def build(source: str, folder: Path, defines: Mapping[str, str]) -> ctypes.CDLL:
+class BlockError(Exception):
+    """What a block did that no block may, or its deadlock."""
+
+
+class Order(IntEnum):
+    """Who goes on and when copies land: the order of tests/host/fibers.h. Larger numbers are seeds of random orders."""
+
+    EAGER = 0
+    LATE = 1
+
+
+def build(source: str, folder: Path, defines: Mapping[str, str], sources: Path = SOURCES) -> ctypes.CDLL:
     """The shared library of a source in this folder, compiled with these defines, once per folder."""
     assert COMPILER is not None
     flags = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    target = folder / (hashlib.sha256(repr((source, flags)).encode()).hexdigest()[:16] + ".so")
+    target = folder / (hashlib.sha256(repr((source, flags, sources)).encode()).hexdigest()[:16] + ".so")
     if not target.exists():
-        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-I{SOURCES}"]
-        command = [COMPILER, *options, *flags, str(HERE / source), "-o", str(target)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        # longjmp between stacks is no error, and elements lie in words of other types.
+        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]
+        command = [COMPILER, *options, f"-I{HERE}", f"-I{sources}", *flags, str(HERE / source), "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[:4000]
     return ctypes.CDLL(str(target))
 
 
-def kernel(spec: KernelSpec, folder: Path) -> ctypes.CDLL:
+def kernel(spec: KernelSpec, folder: Path, whole_blocks: bool = False, sources: Path = SOURCES) -> ctypes.CDLL:
+    """A kernel's library; its `launch` is for blocks of one thread or for whole blocks."""
     names = {"KERNEL": spec.name, "KERNEL_FILE": f'"kernels/{spec.name}.cu"'}
-    return build("kernel.cc", folder, dict(spec.defines) | names)
+    if whole_blocks:
+        names |= {"WHOLE_BLOCKS": "1", "__CUDA_ARCH__": str(capability(spec.arch) * 10)}
+    library = build("kernel.cc", folder, dict(spec.defines) | names, sources)
+    library.launch.restype = ctypes.c_char_p if whole_blocks else None
+    return library
 
 
 def run(plan: Plan, pointers: Sequence[int], scale: float, workspace: int, folder: Path) -> None:
-    """As an executable of the CUDA backend, on host memory."""
+    """As an executable of the CUDA backend, on host memory; blocks of one thread."""
     for launch in plan.launches:
         assert launch.block == (1, 1, 1) and launch.grid[1:] == (1, 1) and launch.shared_bytes == 0
         library = kernel(launch.kernel, folder)
-        values = [_value(param, pointers, scale, workspace) for param in launch.params]
-        _check_sizes(library, launch, values)
-        table = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        library.launch(launch.grid[0], table)
+        values = _values(library, launch, pointers, scale, workspace)
+        library.launch(launch.grid[0], _table(values))
+
+
+def run_blocks(
+    plan: Plan,
+    pointers: Sequence[int],
+    scale: float,
+    workspace: int,
+    folder: Path,
+    order: int = Order.LATE,
+    sources: Path = SOURCES,
+) -> None:
+    """As an executable of the CUDA backend, on host memory; any blocks, one after the other.
+
+    ``order`` is an `Order` or the seed of a random one. ``sources`` may be another folder than natcore/cuda_src, of
+    the same layout. Raises BlockError.
+    """
+    for launch in plan.launches:
+        assert launch.block[1:] == (1, 1)
+        library = kernel(launch.kernel, folder, True, sources)
+        values = _values(library, launch, pointers, scale, workspace)
+        grid = (ctypes.c_uint * 3)(*launch.grid)
+        error = library.launch(grid, launch.block[0], launch.shared_bytes, int(order), _table(values))
+        if error is not None:
+            raise BlockError(f"{launch.kernel.name}: {error.decode()}")
+
+
+def _values(
+    library: ctypes.CDLL, launch: Launch, pointers: Sequence[int], scale: float, workspace: int
+) -> list[ctypes._SimpleCData | ctypes.Array]:
+    values = [_value(param, pointers, scale, workspace) for param in launch.params]
+    _check_sizes(library, launch, values)
+    return values
+
+
+def _table(values: Sequence[ctypes._SimpleCData | ctypes.Array]) -> ctypes.Array:
+    """Pointers to the parameters, as cuLaunchKernel takes them."""
+    return (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
 
 
 def _value(param: object, pointers: Sequence[int], scale: float, workspace: int) -> ctypes._SimpleCData | ctypes.Array:
