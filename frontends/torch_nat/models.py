@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from natcore.models import NATConfig, model_config
 from torch_nat.layers import DropPath, NeighborhoodAttention2D
+from torch_nat.recomputation import recomputing
 
 
 class ConvTokenizer(nn.Module):
@@ -88,7 +89,11 @@ class PatchMerging(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Linear, exact GELU, linear.
+
+    In training without dropout, GELU's output, the largest map of a block, is not kept for the backward pass, which
+    computes it again from GELU's input (`recomputation`).
+    """
 
     def __init__(self, dim: int, hidden: int, drop: float):
         super().__init__()
@@ -98,7 +103,10 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        x = self.fc1(x)
+        if self.training and not self.drop.p:
+            return recomputing(self.act, self.fc2, x)
+        return self.drop(self.fc2(self.drop(self.act(x))))
 
 
 class NATBlock(nn.Module):
