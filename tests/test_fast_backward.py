@@ -116,7 +116,7 @@ def test_planner_prefers_it() -> None:
     """The banded kernel takes what it can; the general kernels take the rest."""
     call = contiguous_call("backward", problem_for(MORE[0], "float16"))
     names = [launch.kernel.name for launch in plan_for(call, FACTS).launches]
-    assert names == ["banded_backward", "banded_backward_bias"]
+    assert names == ["banded_backward", "bias_from_partials"]
     other = replace(call, problem=replace(call.problem, dtype="float32"))
     assert plan_for(other, FACTS).launches[0].kernel.name.startswith("general")
     with pytest.raises(NotImplementedError, match="float16 and bfloat16"):

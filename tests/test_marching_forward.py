@@ -42,7 +42,7 @@ CASES = [case for case in ABLE + MORE + OWN if able(case)]
 OPTIONS = {
     "a tile a block": {"heads": 1, "tiles": 1},
     "single groups": {"heads": 1, "tiles": 2, "groups": 1},
-    "one producer": {"heads": 1, "tiles": 3, "groups": 1, "producers": 1, "query_ring": 3},
+    "one producer": {"heads": 1, "tiles": 3, "groups": 1, "producers": 1, "own_ring": 3},
     "long ring": {"heads": 1, "tiles": 1, "ring": 9},
     "two rows a band": {"band": 2},
     "tall blocks": {"band": 4, "block_rows": 16},
@@ -93,8 +93,8 @@ def test_geometry_covers_every_window(case: Case, options: dict[str, int]) -> No
 
 def stored_columns(g: Geometry, length: int, number: int) -> list[int]:
     """The columns that a strip stores, their keys checked to lie in its blocks: struct Tile of the kernel."""
-    tile, (left, blocks) = g.groups * g.group_columns, g.reach
-    width, columns = blocks * g.block_columns, []
+    tile, reach = g.groups * g.group_columns, g.reach
+    left, width, columns = reach.left, reach.blocks * g.block_columns, []
     if number * g.strip >= length:
         return []
     start = min(number * g.strip, max(length - g.strip, 0))
@@ -104,7 +104,7 @@ def stored_columns(g: Geometry, length: int, number: int) -> list[int]:
         columns += range(max(x, owned), min(x + tile, length))
         for first in range(x, x + tile, g.group_columns):
             block = first - left if g.groups > 1 else max(min(first - left, length - width), 0)
-            assert not g.padded or 0 <= block - (start - left) <= g.columns - width
+            assert not g.padded or 0 <= block - (start - left) <= reach.columns - width
             for q in range(first, min(first + g.group_columns, length)):
                 keys = g.axes[1].keys(q, length)
                 assert block <= keys[0] and keys[1] <= block + width

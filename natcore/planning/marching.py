@@ -1,4 +1,4 @@
-"""Plans for the tensor core forward of small two-dimensional windows (cuda_src/kernels/marching_forward.cu).
+"""Plans for the tensor core kernels of small two-dimensional windows (cuda_src/kernels/marching_*.cu).
 
 How the map is cut is compiled in (see `marching_geometry` and, for the choice, `marching_cost`), with the window and
 the head dimensions; extents, batch, heads and strides are arguments.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from functools import partial
+from math import prod
 
 from natcore.planning import listed
 from natcore.planning.marching_cost import choose_geometry
-from natcore.planning.marching_geometry import Geometry
+from natcore.planning.marching_geometry import Geometry, Pass
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
+from natcore.planning.partials import bias_launch
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -22,14 +23,21 @@ from natcore.planning.plan import (
     KernelSpec,
     Launch,
     Operand,
+    Param,
     Plan,
     Scale,
+    Workspace,
 )
 from natcore.problem import OPERANDS, Call
 
-LEAST_COLUMNS = 8  # a map's; on narrower ones the tiled kernel was faster
-_OPERANDS = ("q", "k", "v", "rpb", "out", "lse")
-OPTIONS = ("band", "block_rows", "groups", "tiles", "heads", "ring", "query_ring", "producers", "blocks_per_sm")
+LEAST_COLUMNS = 8  # a map's; on narrower ones other kernels were faster
+_CHOICES = ("band", "block_rows", "groups", "tiles", "heads", "ring", "own_ring", "producers", "blocks_per_sm")
+KEYS = "keys_"  # before the name of an option: of the backward of keys
+OPTIONS = (*_CHOICES, *(KEYS + name for name in _CHOICES))
+_FORWARD = ("q", "k", "v", "rpb", "out", "lse")
+_QUERIES = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq")
+_KEYS = ("d_out", "q", "k", "v", "rpb", "dk", "dv")
+_ALIGNMENT = 256  # of what lies in the workspace
 
 
 def _layout(call: Call, name: str, g: Geometry) -> bytes:
@@ -42,33 +50,52 @@ def _layout(call: Call, name: str, g: Geometry) -> bytes:
     return struct.pack("=q5i4x", batch, head, *axis, *(axis if name == "rpb" else step))
 
 
-def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
-    """The plan of a call that `refusal` has passed."""
-    problem = call.problem
-    g = choose_geometry(problem, facts, options)
-    if g is None:
-        raise ValueError(f"config: no geometry with the options {dict(options)} fits {problem}.")
-    slices = g.slices(facts)
-    sizes = struct.pack(
-        "=8i",
-        *problem.spatial,
-        problem.batch,
-        problem.heads // problem.heads_kv,
-        g.bands,
-        g.strips,
-        g.head_groups,
-        slices,
-    )
-    params = Constant(sizes + b"".join(_layout(call, name, g) for name in _OPERANDS))
-    operands = tuple(Operand(OPERANDS["forward"].index(name), alignment(name)) for name in _OPERANDS)
-    launch = Launch(
-        KernelSpec("marching_forward", g.defines, facts.arch),
+def _launch(
+    call: Call, facts: DeviceFacts, g: Geometry, names: tuple[str, ...], between: Mapping[str, Param] | None = None
+) -> Launch:
+    """The launch of one pass on operands ``names``; ``between`` puts further parameters before some of them."""
+    p, slices = call.problem, g.slices(facts)
+    numbers = (*p.spatial, p.batch, p.heads // p.heads_kv, g.bands, g.strips, g.head_groups, slices)
+    constants = struct.pack("=8i", *numbers) + b"".join(_layout(call, name, g) for name in names)
+    params: list[Param] = []
+    for name in (*names, ""):
+        params += [param for before, param in (between or {}).items() if before.split(":")[0] == name]
+        params += [Operand(OPERANDS[call.direction].index(name), alignment(name))] if name else []
+    return Launch(
+        KernelSpec(f"marching_{g.of}", g.defines, facts.arch),
         (g.head_groups * slices, 1, 1),
         (g.threads, 1, 1),
         g.shared_bytes,
-        (*operands, Scale("float32"), params),
+        (*params, Scale("float32"), Constant(constants)),
     )
-    return Plan((launch,), 0)
+
+
+def _chosen(call: Call, facts: DeviceFacts, options: Mapping[str, int], of: Pass) -> Geometry:
+    its = {n.removeprefix(KEYS): v for n, v in options.items() if n.startswith(KEYS) == (of == "keys")}
+    g = choose_geometry(call.problem, facts, its, of)
+    if g is None:
+        raise ValueError(f"config: no geometry of {of} with the options {its} fits {call.problem}.")
+    return g
+
+
+def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
+    """The plan of a call that `refusal` has passed."""
+    if call.direction == "forward":
+        return Plan((_launch(call, facts, _chosen(call, facts, options, "forward"), _FORWARD),), 0)
+    p = call.problem
+    queries, keys = (_chosen(call, facts, options, of) for of in ("queries", "keys"))
+    scalars = -(-prod((p.batch, *p.spatial, p.heads)) * 8 // _ALIGNMENT) * _ALIGNMENT
+    drpb = call.strides[OPERANDS["backward"].index("drpb")]
+    partials: Param = Constant(bytes(8)) if drpb is None else Workspace(scalars)
+    launches = [
+        _launch(call, facts, queries, _QUERIES, {":scalars": Workspace(0), ":partials": partials}),
+        _launch(call, facts, keys, _KEYS, {"rpb:scalars": Workspace(0)}),
+    ]
+    if drpb is None:
+        return Plan(tuple(launches), scalars)
+    slices = queries.slices(facts)
+    launches.append(bias_launch(p, drpb, slices, facts.arch, scalars))
+    return Plan(tuple(launches), scalars + slices * p.heads * queries.entries * 4)
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:
@@ -86,17 +113,26 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     reason = refusal_of_strides(call, 1 << 27, "the 32 bits of offsets inside a tile", first=1)
     if reason is not None:
         return reason
-    if choose_geometry(p, facts, {}) is None:
-        return f"kernel_size {p.window.kernel_size}: the windows of 8 queries do not fit a row of blocks."
+    if call.direction == "backward" and p.heads != p.heads_kv:
+        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the general kernels."
+    passes: tuple[Pass, ...] = ("forward",) if call.direction == "forward" else ("queries", "keys")
+    if any(choose_geometry(p, facts, {}, of) is None for of in passes):
+        return f"kernel_size {p.window.kernel_size}: what 8 tokens see does not fit a row of blocks."
     return None
+
+
+def _listed() -> tuple[Call, ...]:
+    return listed.small_windows("forward") + listed.small_windows("backward")
 
 
 CANDIDATE = Candidate(
     "marching",
-    (KernelInfo("marching_forward", ("sm_80+",), max_registers=255, max_shared_bytes=0),),
+    tuple(
+        KernelInfo(f"marching_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0)
+        for of in ("forward", "queries", "keys")
+    ),
     OPTIONS,
     refusal,
     plan,
-    partial(listed.small_windows, "forward"),
-    directions=("forward",),
+    _listed,
 )

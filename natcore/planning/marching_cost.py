@@ -1,7 +1,7 @@
-"""Which geometry of the marching forward is the cheapest.
+"""Which geometry of the marching kernels is the cheapest.
 
 Cost model. A block's bands are its share of all bands, and one more where it starts in the middle of a strip. In a
-step each of its warps works on one tile of a band: TILE + UNIT * units clocks of a multiprocessor that has its share
+step each of its warps works on one tile of a band: tile + unit * units clocks of a multiprocessor that has its share
 of warps, where a unit is one m16n8 tile of scores at head_dim 32; few warps hide less. Rows wait for copies where
 the ring has no stage to spare or one producer has to bring them all. Fitted to times of 7x7 windows on an H200.
 """
@@ -12,31 +12,52 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import product
 from math import ceil
+from typing import NamedTuple
 
-from natcore.planning.marching_geometry import Geometry
+from natcore.planning.marching_geometry import Geometry, Pass
 from natcore.planning.plan import DeviceFacts, capability
 from natcore.problem import Problem
 
-# Clocks, fitted to 268 measured times with an error of 8 %.
-TILE, UNIT, FEW, COLUMN = 108.0, 13.2, 4.3, 14.0
-SPARE, ALONE = 0.03, 0.2
-START = 12000.0  # before the first band
-MOST_WARPS, MOST_STAGES = 16, 8  # of a multiprocessor; of a ring
-REGISTERS, MORE_REGISTERS = {90: 0.93}, 1.3  # of those counted, without spills; elsewhere the compiler takes more
+
+class Rates(NamedTuple):
+    """Clocks, and shares of a step."""
+
+    tile: float
+    unit: float
+    few: float  # of a step, over the number of warps
+    column: float  # to copy
+    spare: float  # of a step, over the stages to spare
+    alone: float  # of a step, over the square of the number of producers
+    start: float  # before the first band
+
+
+#: Fitted to 268, 75 and 112 measured times, with errors of 8 %, 4 % and 7 %.
+RATES: dict[Pass, Rates] = {
+    "forward": Rates(108.0, 13.2, 4.3, 14.0, 0.03, 0.2, 12000.0),
+    "queries": Rates(75.7, 10.9, 13.4, 4.3, 0.06, 0.39, 27700.0),
+    "keys": Rates(170.0, 16.5, 3.3, 21.9, 0.02, 0.4, 39200.0),
+}
+MOST_TILES, MOST_STAGES = 15, 8  # of a block; of a ring
+MORE_REGISTERS = {90: 1.0, 100: 1.65}, 1.35  # what compilers take, of those counted, without spills; elsewhere
+REGISTERS = ((20, 96), (16, 128), (12, 168), (8, 255))  # of a thread, where a multiprocessor has so many warps
 RESERVED = 1024  # bytes of shared memory that the driver takes from every block
 
 
-def choose_geometry(problem: Problem, facts: DeviceFacts, options: Mapping[str, int]) -> Geometry | None:
-    """The cheapest geometry of a problem, with options in place of free choices; None where nothing fits."""
-    return _cheapest(problem, facts, tuple(sorted(options.items())))
+def choose_geometry(
+    problem: Problem, facts: DeviceFacts, options: Mapping[str, int], of: Pass = "forward"
+) -> Geometry | None:
+    """The cheapest geometry of a pass, with options in place of free choices; None where nothing fits."""
+    return _cheapest(problem, facts, tuple(sorted(options.items())), of)
 
 
 @lru_cache(maxsize=4096)
-def _cheapest(problem: Problem, facts: DeviceFacts, options: tuple[tuple[str, int], ...]) -> Geometry | None:
-    return min(geometries(problem, facts, dict(options)), key=lambda g: cost(g, facts), default=None)
+def _cheapest(problem: Problem, facts: DeviceFacts, options: tuple[tuple[str, int], ...], of: Pass) -> Geometry | None:
+    return min(geometries(problem, facts, dict(options), of), key=lambda g: cost(g, facts), default=None)
 
 
-def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int]) -> Iterator[Geometry]:
+def geometries(
+    problem: Problem, facts: DeviceFacts, options: Mapping[str, int], of: Pass = "forward"
+) -> Iterator[Geometry]:
     """All geometries worth a thought."""
 
     def free(name: str, choices: list[int]) -> list[int]:
@@ -44,15 +65,17 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int])
 
     short = max(problem.head_dim, problem.head_dim_v) <= 32
     heads = [h for h in (1, 2, 3, 4, 8) if problem.heads % h == 0]
-    shapes = product(free("band", [2, 4, 8]), free("block_rows", [8, 16]), free("groups", [1, 2] if short else [1]))
-    for band, block_rows, groups in shapes:
+    # Of the backward, blocks of 16 rows are slower where 8 hold a band's rows; the model knows nothing of it.
+    tall = of == "forward" or problem.window.kernel_size[0] > 7
+    block_rows = free("block_rows", [8, 16] if tall else [8])
+    shapes = product(free("band", [2, 4, 8]), block_rows, free("groups", [1, 2] if short else [1]))
+    for band, height, groups in shapes:
         for tiles, its_heads, blocks in product(
-            free("tiles", list(range(1, MOST_WARPS))), free("heads", heads), free("blocks_per_sm", [1, 2, 3])
+            free("tiles", list(range(1, MOST_TILES + 1))), free("heads", heads), free("blocks_per_sm", [1, 2, 3])
         ):
-            g = Geometry(
-                problem, band, block_rows, groups, tiles, its_heads, 1, options.get("query_ring", 2), 1, blocks
-            )
-            if g.rows[0] > block_rows:
+            own_ring = options.get("own_ring", 2 if of == "forward" else 1)
+            g = Geometry(problem, band, height, groups, tiles, its_heads, 1, own_ring, 1, blocks, of)
+            if g.rows[0] > height and of != "keys":
                 break
             least = options.get("producers", 1)
             spare = max_warps(g, facts) // blocks - g.consumers
@@ -67,7 +90,7 @@ def _rings(g: Geometry, producers: int, facts: DeviceFacts, options: Mapping[str
     """The geometry with the longest ring that fits, or that of the options."""
     limit = (facts.shared_bytes_per_block + RESERVED) // g.blocks_per_sm - RESERVED
     longest = min(g.rows[1] + 4, max(MOST_STAGES, g.rows[1] + 1))
-    for ring in [options["ring"]] if "ring" in options else range(longest, g.rows[1], -1):
+    for ring in [options["ring"]] if "ring" in options else range(longest, g.rows[1] - g.own_keys, -1):
         chosen = g.with_ring(ring, producers)
         if not chosen.is_legal:
             return
@@ -77,22 +100,36 @@ def _rings(g: Geometry, producers: int, facts: DeviceFacts, options: Mapping[str
 
 
 def max_warps(g: Geometry, facts: DeviceFacts) -> int:
-    """Warps of a multiprocessor that have the registers they need; each of its four parts has a quarter of them."""
-    d, v = (ceil(n / 16) for n in (g.problem.head_dim, g.problem.head_dim_v))
-    registers = 60 + g.groups * (4 * g.reach[1] + 4 * v + 2 * d) + 4 * max(d, v)
-    needed = REGISTERS.get(capability(facts.arch), MORE_REGISTERS) * registers
-    return max(4, min(4 * int(512 / needed), 20))
+    """Warps of a multiprocessor that have the registers they need, without spills."""
+    d, v = g.steps
+    if g.of == "forward":
+        needed = 56 + g.groups * (3.7 * g.reach.blocks + 3.7 * v + 1.9 * d) + 3.7 * max(d, v)
+    elif g.of == "queries":
+        needed = (
+            (38 if g.problem.rpb_dtype is None else 28)
+            + 4 * g.reach.blocks
+            + g.groups * (6 * d + 2 * v + 12)
+            + 8 * d
+            + 4 * v
+        )
+    else:
+        needed = 40 + g.groups * (6 * d + 6 * v + 8) + 8 * max(d, v)
+    of_arch, elsewhere = MORE_REGISTERS
+    needed *= of_arch.get(capability(facts.arch), elsewhere)
+    return next((warps for warps, registers in REGISTERS if needed <= registers), 4)
 
 
 def cost(g: Geometry, facts: DeviceFacts) -> float:
     """Clocks of the busiest multiprocessor, by the model at the top of this file."""
+    rates = RATES[g.of]
     slices = g.slices(facts)
     bands = ceil(g.items / slices)
     if g.items % slices or bands % g.bands:
         bands += 1
     width = (g.problem.head_dim + g.problem.head_dim_v) / 64
-    tile = TILE + UNIT * g.groups * g.reach[1] * width
+    tile = rates.tile + rates.unit * g.groups * g.reach.blocks * g.row_blocks * width
     warps, producers = g.consumers * g.blocks_per_sm, g.producers * g.blocks_per_sm
-    rows = g.band * g.columns * g.heads * width
-    step = max(g.consumers * tile * (1 + FEW / warps), rows * COLUMN) * g.blocks_per_sm
-    return START + bands * step * (1 + SPARE / (g.ring - g.rows[1])) * (1 + ALONE / producers**2)
+    rows = g.band * g.reach.columns * g.heads * width
+    step = max(g.consumers * tile * (1 + rates.few / warps), rows * rates.column) * g.blocks_per_sm
+    waits = (1 + rates.spare / (g.ring - g.rows[1] + g.own_keys)) * (1 + rates.alone / producers**2)
+    return rates.start + bands * step * waits

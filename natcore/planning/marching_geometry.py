@@ -1,7 +1,7 @@
-"""How the marching forward (cuda_src/kernels/marching_forward.cu) cuts a map; see cuda_src/common/strips.cuh.
+"""How the marching kernels (cuda_src/kernels/marching_*.cu) cut a map; see cuda_src/common/strips.cuh.
 
-A `Geometry` says how: groups of 8 queries in bands of rows, tiles of groups, strips of tiles down which a block
-marches with some heads, and the rings of rows in its shared memory. Pure integers.
+A `Geometry` says how, for one of three passes: groups of 8 own tokens in bands of rows, tiles of groups, strips of
+tiles down which a block marches with some heads, and the rings of rows in its shared memory. Pure integers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil
+from typing import Literal
 
+from natcore.planning.banded_geometry import intervals
 from natcore.planning.plan import DeviceFacts
 from natcore.planning.tiling import Axis
 from natcore.problem import Problem
 
+Pass = Literal["forward", "queries", "keys"]  # the values of PASS, in this order
+PASSES: tuple[Pass, ...] = ("forward", "queries", "keys")
 MASK_COLUMNS = 16  # of the product that masks columns
 MAX_SCORES = 64  # registers of a lane that hold scores
 RESTART = 1.0  # what a block loses where it starts in the middle of a strip, in bands
@@ -39,16 +43,73 @@ def _odd(size: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def rows_of(axis: Axis, band: int, shift: int) -> tuple[int, int]:
-    """The most rows that a band of queries sees, and the most stages of the ring that hold them."""
+def rows_of(axis: Axis, band: int, shift: int, own_keys: bool) -> tuple[int, int]:
+    """The most rows that a band of own tokens sees, and the most stages of the ring that hold them."""
     rows = stages = 0
     for length in axis.lengths:
         for number in axis.sample(length, band):
-            start = axis.keys(number * band, length)[0]
-            end = axis.keys(min(number * band + band, length) - 1, length)[1]
+            start = _seen(axis, number * band, length, own_keys)[0]
+            end = _seen(axis, min(number * band + band, length) - 1, length, own_keys)[1]
             rows = max(rows, end - start)
             stages = max(stages, (end - 1 + shift) // band - (start + shift) // band + 1)
     return rows, stages
+
+
+def _seen(axis: Axis, x: int, length: int, own_keys: bool) -> tuple[int, int]:
+    return intervals(axis, length)[1][x] if own_keys else axis.keys(x, length)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Blocks of columns around groups of own tokens, and what they need of shared memory and of the bias table."""
+
+    left: int  # columns left of a group that its first block starts at
+    blocks: int  # of a group
+    edge_blocks: int  # of a tile of keys near a border, for all of its groups
+    pad: int  # columns of shared memory left of a strip of several
+    columns: int  # of shared memory
+    least: int  # the least and the greatest difference of columns, seen - own, that a block holds
+    greatest: int
+
+
+@lru_cache(maxsize=4096)
+def reach_of_queries(axis: Axis, group: int, block: int, groups: int, tiles: int) -> Reach:
+    left, blocks = columns_of(axis, group, block, groups, tiles)
+    strip, width = group * groups * tiles, axis.lengths[0]
+    columns = width
+    if width > strip:
+        last = strip - group  # the last group's first column, from the strip's
+        columns = (max(last, left) if groups == 1 else last) + blocks * block
+    least = 1 - group - (left if groups > 1 else blocks * block - 1)
+    return Reach(left, blocks, 0, left, columns, least, blocks * block - 1 - (left if groups > 1 else 0))
+
+
+@lru_cache(maxsize=4096)
+def reach_of_keys(axis: Axis, group: int, block: int, groups: int, tiles: int) -> Reach:
+    """Away from borders the queries around a group of keys lie as the keys around a group of queries do, mirrored."""
+    left = 0 if axis.causal else axis.kernel - 1 - axis.kernel // 2
+    blocks = ceil((group + axis.kernel - 1) / block)
+    tile, strip, width = group * groups, group * groups * tiles, axis.lengths[0]
+    regular = ((groups - 1) * group // block + blocks) * block
+    margin = 0 if axis.causal else axis.kernel
+    found = []  # of clamped tiles: first column, the strip's, and the columns that see its keys
+    pad, right = left, (tiles - 1) * tile - left + regular
+    for length in axis.lengths:
+        seen = intervals(axis, length)[1]
+        for number in axis.sample(_up(length, strip), tile):
+            start = min(number // tiles * strip, max(length - strip, 0))
+            x = start + min(number % tiles * tile, max(min(strip, length) - tile, 0))
+            first = x - left
+            if axis.stride > 1 or x < max(margin, left) or x + tile > length - margin or first + regular > length:
+                found.append((x, start, seen[x][0], seen[min(x + tile, length) - 1][1]))
+    edge = max((ceil((end - first) / block) for _, _, first, end in found), default=0)
+    least, greatest = 1 - group - left, blocks * block - 1 - left
+    padded, columns = width > strip, max(width, edge * block)
+    for x, start, first, _ in found:
+        first = first if padded else min(first, columns - edge * block)
+        pad, right = max(pad, start - first), max(right, first + edge * block - start)
+        least, greatest = min(least, first - x - tile + 1), max(greatest, first + edge * block - 1 - x)
+    return Reach(left, blocks, edge, pad, pad + right if padded else columns, least, greatest)
 
 
 @lru_cache(maxsize=4096)
@@ -95,10 +156,11 @@ class Geometry:
     groups: int  # of a tile
     tiles: int  # of a strip
     heads: int  # of a block
-    ring: int  # stages of keys
-    query_ring: int
+    ring: int  # stages of seen rows
+    own_ring: int  # bands
     producers: int  # warps
     blocks_per_sm: int
+    of: Pass = "forward"
 
     def with_ring(self, ring: int, producers: int) -> Geometry:
         return replace(self, ring=ring, producers=producers)
@@ -128,28 +190,35 @@ class Geometry:
     def padded(self) -> bool:
         return self.width > self.strip
 
-    @cached_property
-    def reach(self) -> tuple[int, int]:
-        """Columns left of a group that its first block starts at, and its blocks."""
-        return columns_of(self.axes[1], self.group_columns, self.block_columns, self.groups, self.tiles)
-
     @property
-    def columns(self) -> int:
-        """Of shared memory."""
-        if not self.padded:
-            return self.width
-        left, blocks = self.reach
-        last = self.strip - self.group_columns  # group's first column, from the strip's
-        return (max(last, left) if self.groups == 1 else last) + blocks * self.block_columns
+    def own_keys(self) -> bool:
+        return self.of == "keys"
+
+    @cached_property
+    def reach(self) -> Reach:
+        find = reach_of_keys if self.own_keys else reach_of_queries
+        return find(self.axes[1], self.group_columns, self.block_columns, self.groups, self.tiles)
 
     @property
     def shift(self) -> int:
         rows = self.axes[0]
+        if self.own_keys:
+            return (0 if rows.causal else rows.kernel - 1 - rows.kernel // 2) % self.band
         return (rows.kernel - 1 if rows.causal else rows.kernel // 2) % self.band
 
     @property
     def rows(self) -> tuple[int, int]:
-        return rows_of(self.axes[0], self.band, self.shift)
+        return rows_of(self.axes[0], self.band, self.shift, self.own_keys)
+
+    @cached_property
+    def row_blocks(self) -> float:
+        """Of a band, on average."""
+        if not self.own_keys:
+            return 1.0
+        axis, length = self.axes[0], self.axes[0].lengths[0]
+        seen = intervals(axis, length)[1]
+        rows = [seen[min(y + self.band, length) - 1][1] - seen[y][0] for y in range(0, length, self.band)]
+        return sum(ceil(n / self.block_rows) for n in rows) / len(rows)
 
     @property
     def consumers(self) -> int:
@@ -188,67 +257,86 @@ class Geometry:
     @property
     def is_legal(self) -> bool:
         """Whether the kernel's own limits hold; shared memory is another matter."""
-        scores = self.groups * self.reach[1] * 4
+        reach = self.reach
+        scores = self.groups * reach.blocks * 4
+        whole = not self.padded or self.groups > 1 or self.strip + reach.left >= reach.blocks * self.block_columns
         return (
-            self.rows[0] <= self.block_rows
-            and self.reach[1] * self.block_columns <= MASK_COLUMNS
-            and (scores <= MAX_SCORES or self.groups == 1)
+            (self.own_keys or (self.rows[0] <= self.block_rows and whole))
+            and max(reach.blocks, reach.edge_blocks) * self.block_columns <= MASK_COLUMNS
+            and (self.of != "forward" or scores <= MAX_SCORES or self.groups == 1)
             and self.group_columns % self.block_columns == 0
-            and (not self.padded or self.groups > 1 or self.strip + self.reach[0] >= self.reach[1] * self.block_columns)
             and self.problem.heads % self.heads == 0
-            and self.rows[1] < self.ring
+            and self.rows[1] < self.ring + self.own_keys
             and self.axes[1].lengths[-1] >= self.groups * self.group_columns
             and self.threads <= 1024
             and self.items < 1 << 31
         )
 
     @property
+    def steps(self) -> tuple[int, int]:
+        """Of 16 elements: of a head, and of one of v."""
+        return _up(self.problem.head_dim, 16) // 16, _up(self.problem.head_dim_v, 16) // 16
+
+    @property
     def shared_bytes(self) -> int:
         """SHARED_BYTES of common/strips.cuh."""
-        p = self.problem
-        steps = [_up(d, 16) // 16 for d in (p.head_dim, p.head_dim_v)]
-        left, blocks = self.reach
+        p, reach, steps = self.problem, self.reach, self.steps
         single = self.groups == 1
-        right = blocks * self.block_columns - (self.columns if single else self.group_columns + left)
-        margin = 0 if self.padded else max(right, 0 if single else left)
+        right = reach.blocks * self.block_columns - (reach.columns if single else self.group_columns + reach.left)
+        margin = 0 if self.padded or self.own_keys else max(right, 0 if single else reach.left)
         total = 0
         for token in (self.heads * s * 32 for s in steps):
             permuted = self.block_columns * token % 128 == 0
-            pitch = _up(self.columns * token, 128) if permuted else _odd(self.columns * token)
+            pitch = _up(reach.columns * token, 128) if permuted else _odd(reach.columns * token)
             total += _up(self.ring * self.band * pitch, 128) + 2 * _up(margin * token, 128)
-        total += self.query_ring * self.band * _up(self.strip * self.heads * steps[0] * 32, 128)
-        chunks = 2 * steps[1]  # of a row of the stage, see common/shared_rows.cuh
-        total += self.consumers * self.groups * 8 * 16 * (chunks if chunks & (chunks - 1) == 0 else chunks | 1)
-        return total + self.heads * 2 * self.table * 4 + 16 * (self.ring + self.query_ring)
+        own = {"forward": steps[:1], "queries": (*steps, steps[1]), "keys": steps}[self.of]
+        for s in own:
+            total += self.own_ring * self.band * _up(self.strip * self.heads * s * 32, 128)
+        stage = {"forward": steps[1], "queries": steps[0], "keys": max(steps)}[self.of]
+        chunks = 2 * stage  # of a row of the stage, see common/shared_rows.cuh
+        staged = 1 if self.own_keys else self.groups
+        total += self.consumers * staged * 8 * 16 * (chunks if chunks & (chunks - 1) == 0 else chunks | 1)
+        total += self.heads * 2 * self.table * 4
+        if self.own_keys:
+            total += self.ring * self.band * self.heads * reach.columns * 8
+        if self.of == "queries":
+            total += 2 * self.own_ring * self.band * self.heads * self.strip * 4
+        if self.of == "queries" and p.rpb_dtype is not None:
+            total += self.consumers * self.entries * 4
+        kept = {"forward": 0, "queries": 32 + 32 * 16, "keys": 32 + 32 * 4}[self.of]
+        return _up(total, 16) + kept * self.consumers + 16 * (self.ring + self.own_ring)
+
+    @property
+    def entries(self) -> int:
+        """Of one head's bias."""
+        rows, columns = self.axes
+        return (2 * rows.kernel - 1) * (2 * columns.kernel - 1)
 
     @property
     def table(self) -> int:
         """TABLE of common/strips.cuh: floats of one bias table."""
-        left, blocks = self.reach
-        width = blocks * self.block_columns
-        least = 1 - self.group_columns - (left if self.groups > 1 else width - 1)
-        greatest = width - 1 - (left if self.groups > 1 else 0)
         k = self.axes[0].kernel
         rows = 2 * k - 1
         masked = rows + (2 * k - k // 2 - 1 - rows) % 8
-        row = (greatest - least + 4) // 8 * 8 + 4
+        row = (self.reach.greatest - self.reach.least + 4) // 8 * 8 + 4
         return (masked + 1) * row
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
-        p = self.problem
+        p, reach = self.problem, self.reach
         names = {"KERNEL": "kernel", "STRIDE": "stride", "DILATION": "dilation", "CAUSAL": "causal"}
         defines: dict[str, object] = {
             f"{name}_{a}": int(getattr(axis, field))
             for name, field in names.items()
             for a, axis in enumerate(self.axes)
         }
-        left, blocks = self.reach
-        defines |= {"ELEMENT": p.dtype, "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v}
-        defines |= {"BAND": self.band, "BLOCK_ROWS": self.block_rows, "GROUPS": self.groups, "TILES": self.tiles}
-        defines |= {"HEADS": self.heads, "BLOCKS": blocks, "LEFT": left}
-        defines |= {"COLUMNS": self.columns, "PADDED": int(self.padded), "SHIFT": self.shift, "RING": self.ring}
-        defines |= {"QUERY_RING": self.query_ring, "PRODUCERS": self.producers, "BLOCKS_PER_SM": self.blocks_per_sm}
+        defines |= {"PASS": PASSES.index(self.of), "ELEMENT": p.dtype, "HEAD_DIM": p.head_dim}
+        defines |= {"HEAD_DIM_V": p.head_dim_v, "BAND": self.band, "BLOCK_ROWS": self.block_rows}
+        defines |= {"GROUPS": self.groups, "TILES": self.tiles, "HEADS": self.heads}
+        defines |= {"BLOCKS": reach.blocks, "EDGE_BLOCKS": reach.edge_blocks, "LEFT": reach.left, "PAD": reach.pad}
+        defines |= {"LEAST_DIFFERENCE": f"({reach.least})", "GREATEST_DIFFERENCE": f"({reach.greatest})"}
+        defines |= {"COLUMNS": reach.columns, "PADDED": int(self.padded), "SHIFT": self.shift, "RING": self.ring}
+        defines |= {"OWN_RING": self.own_ring, "PRODUCERS": self.producers, "BLOCKS_PER_SM": self.blocks_per_sm}
         if p.rpb_dtype is not None:
             defines["RPB"] = p.rpb_dtype
         return tuple(sorted((name, str(value)) for name, value in defines.items()))

@@ -92,6 +92,7 @@ struct Copy {
   enum Kind { BYTES, COMMIT, ARRIVE } kind;
   unsigned to;  // or the mbarrier
   const void* from;  // null: zeros
+  unsigned bytes = 16;
 };
 static std::vector<std::deque<Copy>> copies;  // of each thread, in their order
 static size_t landing;                        // the thread whose copies land next, where nobody can go on
@@ -101,11 +102,11 @@ inline void land(int thread) {
   copies[thread].pop_front();
   if (copy.kind == Copy::ARRIVE) arrive(copy.to);
   if (copy.kind != Copy::BYTES) return;
-  unsigned char* to = memory_at(copy.to, 16, "cp.async");
+  unsigned char* to = memory_at(copy.to, copy.bytes, "cp.async");
   if (copy.from == nullptr) {
-    memset(to, 0, 16);
+    memset(to, 0, copy.bytes);
   } else {
-    memcpy(to, copy.from, 16);
+    memcpy(to, copy.from, copy.bytes);
   }
 }
 inline void issue(const Copy& copy) {

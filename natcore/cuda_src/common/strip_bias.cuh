@@ -1,8 +1,8 @@
-// The bias and the mask of the marching forward: what S starts from.
+// The bias and the mask of the marching kernels: what S starts from.
 //
 // A lane reads the bias table at the row of its pair's difference, or at the row of infinities where the query's
 // window lacks the key's row. Columns that a window lacks are masked by the table of unclamped windows or, in tiles
-// where windows are clamped, by one more product: [key in column c] times [query lacks column c] * -3e38.
+// where windows are clamped, by one more product: [seen token in column c] times [own token lacks column c] * -3e38.
 #pragma once
 
 #include "common/scale.cuh"
@@ -12,9 +12,8 @@
 
 // Both tables of the block's heads, by its consumers. Loads come first, all at once: nothing hides their latency.
 __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rpb, const Layout& s, float factor) {
-  constexpr int COLUMN_DIFFERENCES = 2 * KERNEL_1 - 1, ENTRIES = HEADS * TABLE_ROWS * COLUMN_DIFFERENCES;
-  constexpr int WORKERS = 32 * CONSUMERS, LOADS = (ENTRIES + WORKERS - 1) / WORKERS;
-  const auto head_of = [](int i) { return i / (TABLE_ROWS * COLUMN_DIFFERENCES); };
+  constexpr int WORKERS = 32 * CONSUMERS, LOADS = (HEADS * ENTRIES + WORKERS - 1) / WORKERS;
+  const auto head_of = [](int i) { return i / ENTRIES; };
   const auto row_of = [](int i) { return i / COLUMN_DIFFERENCES % TABLE_ROWS; };
   const auto column_of = [](int i) { return i % COLUMN_DIFFERENCES; };
   float bias[LOADS] = {};
@@ -22,35 +21,64 @@ __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rp
 #pragma unroll
   for (int n = 0; n < LOADS; ++n) {
     const int i = threadIdx.x + n * WORKERS;
-    if (i < ENTRIES) bias[n] = widen(rpb[head_of(i) * s.head + row_of(i) * s.axis[0] + column_of(i) * s.axis[1]]);
+    if (i < HEADS * ENTRIES) bias[n] = widen(rpb[head_of(i) * s.head + row_of(i) * s.axis[0] + column_of(i) * s.axis[1]]);
   }
 #endif
   for (int i = threadIdx.x; i < HEADS * 2 * TABLE; i += WORKERS) tables[i] = __int_as_float(0xff800000);
   named_barrier_sync(1, WORKERS);
 #pragma unroll
   for (int n = 0; n < LOADS; ++n) {
-    const int i = threadIdx.x + n * WORKERS, difference = column_of(i) + 1 - KERNEL_1;
-    if (i >= ENTRIES || difference < LEAST_DIFFERENCE || difference > GREATEST_DIFFERENCE) continue;
-    float* entry = tables + head_of(i) * (2 * TABLE) + row_of(i) * TABLE_ROW + difference - LEAST_DIFFERENCE;
+    const int i = threadIdx.x + n * WORKERS, of_keys = column_of(i) + 1 - KERNEL_1;  // key - query
+    const int row = OWN_KEYS ? TABLE_ROWS - 1 - row_of(i) : row_of(i), difference = OWN_KEYS ? -of_keys : of_keys;
+    if (i >= HEADS * ENTRIES || difference < LEAST_DIFFERENCE || difference > GREATEST_DIFFERENCE) continue;
+    float* entry = tables + head_of(i) * (2 * TABLE) + row * TABLE_ROW + difference - LEAST_DIFFERENCE;
     const int first = CAUSAL_1 ? 1 - KERNEL_1 : -(KERNEL_1 / 2);
-    if (first <= difference && difference < first + KERNEL_1) entry[0] = bias[n] * factor;
+    if (first <= of_keys && of_keys < first + KERNEL_1) entry[0] = bias[n] * factor;
     entry[TABLE] = bias[n] * factor;
   }
   named_barrier_sync(1, WORKERS);
 }
 
-// The columns of its blocks that query lane / 4 of a group at `x` lacks, as a B operand; `block` is where they start.
-__device__ __forceinline__ void lacking(unsigned (&b)[2], int x, int block, int length, int lane) {
-  const Interval seen = keys_of(window_of(1), smaller(x + lane / 4 / BAND, length - 1), length);
+// The columns of its blocks that token lane / 4 of a group at `x` lacks, of the four of a lane's B operand, as bits;
+// `block` is where they start.
+__device__ __forceinline__ unsigned lacking(int x, int block, int length, int lane) {
+  const Interval seen = seen_by(1, smaller(x + lane / 4 / BAND, length - 1), length);
+  unsigned bits = 0;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    b[h] = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int column = block + 8 * (i / 2) + lane % 4 * 2 + i % 2;
+    if (column < seen.start || column >= seen.end) bits |= 1u << i;
+  }
+  return bits;
+}
+
+// The B operand of such bits: -3e38 in bfloat16 where a column is lacked.
+__device__ __forceinline__ void as_mask(unsigned (&b)[2], unsigned bits) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int column = block + 8 * h + lane % 4 * 2 + e;
-      if (column < seen.start || column >= seen.end) b[h] |= 0xff7fu << 16 * e;
+  for (int h = 0; h < 2; ++h) b[h] = (bits >> 2 * h & 1) * 0xff7fu | (bits >> (2 * h + 1) & 1) * 0xff7f0000u;
+}
+
+// The rows of the bias table of this lane's pairs: seen tokens of `rows`, own ones of the band that starts at row y.
+// bias[e][h] is that of own token e of the lane's two and half h of a block.
+__device__ __forceinline__ void find_bias(const float* (&bias)[2][2], const float* table, const Interval& rows, int y,
+                                          int length, int lane) {
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int own = smaller(y + (lane % 4 * 2 + e) % BAND, length - 1);  // rows below the map repeat its last one
+    const Interval seen = seen_by(0, own, length);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int other = rows.start + lane / 4 + (TALL ? 8 * h : 0);
+      const int at = seen.start <= other && other < seen.end ? other - own + KERNEL_0 - 1 : MASKED_ROW;
+      bias[e][h] = table + at * TABLE_ROW + (TALL ? 0 : h);
     }
   }
+}
+
+// The same value, which the compiler takes for a new one: what depends on it is not kept in registers from band to band.
+__device__ __forceinline__ int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // S += mask of one block, by a product in bfloat16, whatever the elements.

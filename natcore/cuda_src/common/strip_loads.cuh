@@ -1,4 +1,4 @@
-// The producer warps of a marching block: rows of keys, values and queries into their rings.
+// The producer warps of a marching block: rows of seen and own tokens into their rings.
 #pragma once
 
 #include "common/strips.cuh"
@@ -47,7 +47,7 @@ struct RowCopy {
 
 // What the copies never write and products read: halves of 16-element steps, and what lies beside rows that are the
 // map's. All threads of the block.
-template <int D, int TOKEN>
+template <int D>
 __device__ __forceinline__ void clear_rest(unsigned char* shared, int bytes) {
   if (D % 16 != 0) {
     for (int i = threadIdx.x; i < bytes / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
@@ -57,30 +57,107 @@ template <typename Rows>
 __device__ __forceinline__ void clear_margins(unsigned char* shared) {  // around the end of each row
   constexpr int BEFORE = Rows::BYTES < margin_of(Rows::TOKEN) ? Rows::BYTES : margin_of(Rows::TOKEN);
   constexpr int CHUNKS = (BEFORE + Rows::PITCH - Rows::BYTES + margin_of(Rows::TOKEN)) / 16;
-  for (int i = threadIdx.x; i < (RING * BAND + 1) * CHUNKS; i += THREADS) {
+  for (int i = threadIdx.x; i < (SEEN_ROWS + 1) * CHUNKS; i += THREADS) {
     const int byte = (i / CHUNKS - 1) * Rows::PITCH + (Rows::BYTES - BEFORE) / 16 * 16 + i % CHUNKS * 16;
-    if (-margin_of(Rows::TOKEN) <= byte && byte < RING * BAND * Rows::PITCH + margin_of(Rows::TOKEN))
+    if (-margin_of(Rows::TOKEN) <= byte && byte < SEEN_ROWS * Rows::PITCH + margin_of(Rows::TOKEN))
       *reinterpret_cast<uint4*>(shared + byte) = uint4{0, 0, 0, 0};
   }
 }
 
-// All that producer `warp` of a block does: items [begin, end) of the heads from first_head on.
-__device__ __forceinline__ void produce(unsigned shared, const Barriers& barriers, const Element* q, const Element* k,
-                                        const Element* v, const Params& params, int first_head, int begin, int end,
-                                        int warp, int lane) {
-  const int ratio = params.sizes.heads_per_kv;
-  const RowCopy<HEAD_DIM, K> key_copy(params.k, first_head, ratio, lane);
-  const RowCopy<HEAD_DIM_V, V> value_copy(params.v, first_head, ratio, lane);
-  const RowCopy<HEAD_DIM, QueryRows> query_copy(params.q, first_head, 1, lane);
+// Barriers, and whatever no copy ever writes. All threads of the block.
+__device__ __forceinline__ void prepare_shared(unsigned char* shared, const Barriers& barriers) {
+  const int i = threadIdx.x;
+  if (i < RING) {
+    mbarrier_init(barriers.full(i), 32 * PRODUCERS);
+    mbarrier_init(barriers.empty(i), CONSUMERS);
+  } else if (i < RING + OWN_RING) {
+    mbarrier_init(barriers.own_full(i - RING), 32 * PRODUCERS);
+    mbarrier_init(barriers.own_empty(i - RING), CONSUMERS);
+  }
+  clear_rest<HEAD_DIM>(shared, SEEN_D_END);
+  clear_rest<HEAD_DIM_V>(shared + SEEN_D_END, OWN_D_AT - SEEN_D_END);
+  // Rows of queries below the map are never copied, but drpb adds up 0 times what they hold.
+  clear_rest<PASS == QUERIES ? 1 : HEAD_DIM>(shared + OWN_D_AT, OWN_V_AT - OWN_D_AT);
+  clear_rest<PASS == QUERIES ? 1 : HEAD_DIM_V>(shared + OWN_V_AT, OUT_AT - OWN_V_AT);
+  if constexpr (MARGIN > 0) {
+    clear_margins<SeenD>(shared + SEEN_D_AT);
+    clear_margins<SeenV>(shared + SEEN_V_AT);
+  }
+}
+
+// A tensor with a vector for every token. `ratio`: heads of the block's kind that share one of its heads.
+struct Source {
+  const Element* tensor;
+  const Layout& layout;
+  int ratio;
+};
+
+// {lse, d_lse - delta} of seen queries, written by the backward of queries: [batch, heads, x0, x1] float2.
+__device__ __forceinline__ long long scalars_at(const Sizes& sizes, const Run& run, int head) {
+  const long long map = static_cast<long long>(run.batch) * (sizes.head_groups * HEADS) + head;
+  return (map * sizes.extent[0] + run.group[0]) * sizes.extent[1] + run.group[1];
+}
+
+// Row y of the scalars of the block's heads, COLUMNS of each.
+__device__ __forceinline__ void copy_scalars(unsigned shared, const float2* scalars, const Sizes& sizes, const Run& run,
+                                             int first_head, int y, int lane) {
+#pragma unroll 1
+  for (int head = 0; head < HEADS; ++head) {
+    const float2* row = scalars + scalars_at(sizes, run, first_head + head) +
+                        static_cast<long long>(y) * DILATION_0 * sizes.extent[1];
+#pragma unroll 4
+    for (int c = lane; c < COLUMNS; c += 32) {
+      const int x = run.origin() + c;
+      const bool inside = 0 <= x && x < run.length[1];
+      cp_async_small<8>(shared + (head * COLUMNS + c) * 8, row + (inside ? x * DILATION_1 : 0), inside);
+    }
+  }
+}
+
+// Row y of lse or d_lse of the block's heads, STRIP columns of each.
+__device__ __forceinline__ void copy_own_scalars(unsigned shared, const float* tensor, const Layout& s, const Run& run,
+                                                 int first_head, int y, int lane) {
+  const float* row = tensor + static_cast<long long>(y) * s.step[0];
+#pragma unroll 4
+  for (int i = lane; i < HEADS * STRIP; i += 32) {
+    const int head = i / STRIP, x = run.start + i % STRIP;
+    const bool inside = x < run.length[1];
+    const int offset = inside ? (first_head + head) * s.head + x * s.step[1] : 0;
+    cp_async_small<4>(shared + i * 4, row + offset, inside);
+  }
+}
+
+// What the producers bring. Of the forward, own tokens have only d, and there are no scalars.
+struct Sources {
+  Source seen_d, seen_v, own_d, own_v, own_o;
+  const float2* scalars;     // KEYS
+  const float *lse, *d_lse;  // QUERIES; d_lse may be null
+  const Layout &of_lse, &of_d_lse;
+};
+
+// All that producer `warp` of a block does: items [begin, end) of the heads from first_head on. Copies of rows are
+// numbered, and producers take turns.
+__device__ __forceinline__ void produce(unsigned shared, const Barriers& barriers, const Sources& from,
+                                        const Sizes& sizes, int first_head, int begin, int end, int warp, int lane) {
+  const RowCopy<HEAD_DIM, SeenD> copy_seen_d(from.seen_d.layout, first_head, from.seen_d.ratio, lane);
+  const RowCopy<HEAD_DIM_V, SeenV> copy_seen_v(from.seen_v.layout, first_head, from.seen_v.ratio, lane);
+  const RowCopy<HEAD_DIM, OwnD> copy_own_d(from.own_d.layout, first_head, from.own_d.ratio, lane);
+  const RowCopy<HEAD_DIM_V, OwnV> copy_own_v(from.own_v.layout, first_head, from.own_v.ratio, lane);
+  const RowCopy<HEAD_DIM_V, OwnV> copy_own_o(from.own_o.layout, first_head, from.own_o.ratio, lane);
   Turn<RING> stage;
-  Turn<QUERY_RING> band_turn;
+  Turn<OWN_RING> band_turn;
 #pragma unroll 1
   for (int item = begin; item < end;) {
-    const Run run(params.sizes, item, end);
+    const Run run(sizes, item, end);
     item = run.next;
     if (run.last < run.first) continue;
-    const Element *keys = run.base(k, params.k, 0), *values = run.base(v, params.v, 0);
-    const Element* queries = run.base(q, params.q, 0);
+    const int length = run.length[1];
+    const auto base_of = [&](const Source& source) { return run.base(source.tensor, source.layout, 0); };
+    const Element *seen_d = base_of(from.seen_d), *seen_v = base_of(from.seen_v);
+    const Element *own_d = base_of(from.own_d), *own_v = base_of(from.own_v), *own_o = base_of(from.own_o);
+    const float *lse = nullptr, *d_lse = nullptr;
+    if (PASS == QUERIES) lse = run.base(from.lse, from.of_lse, 0);
+    if (PASS == QUERIES && from.d_lse != nullptr) d_lse = run.base(from.d_lse, from.of_d_lse, 0);
     int s = stage_of(run.rows_of(run.first).start);
 #pragma unroll 1
     for (int band = run.first; band <= run.last; ++band) {
@@ -88,28 +165,41 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
 #pragma unroll 1
       for (; s <= until; ++s) {
         mbarrier_wait(barriers.empty(stage.slot), stage.phase ^ 1);
-#pragma unroll 1
-        for (int i = warp; i < 2 * BAND; i += PRODUCERS) {
-          const int r = i / 2, y = s * BAND - SHIFT + r, at = stage.slot * BAND + r;
+#pragma unroll
+        for (int r = 0; r < BAND; ++r) {
+          const int y = s * BAND - SHIFT + r, at = stage.slot * BAND + r, kinds = OWN_KEYS ? 3 : 2;
           if (y < 0 || y >= run.length[0]) continue;
-          if (i % 2 == 0) {
-            key_copy.copy<COLUMNS>(shared + K_AT + at * K::PITCH, keys, params.k, y, run.origin(), run.length[1]);
-          } else {
-            value_copy.copy<COLUMNS>(shared + V_AT + at * V::PITCH, values, params.v, y, run.origin(), run.length[1]);
-          }
+          if (r * kinds % PRODUCERS == warp)
+            copy_seen_d.copy<COLUMNS>(shared + SEEN_D_AT + at * SeenD::PITCH, seen_d, from.seen_d.layout, y,
+                                      run.origin(), length);
+          if ((r * kinds + 1) % PRODUCERS == warp)
+            copy_seen_v.copy<COLUMNS>(shared + SEEN_V_AT + at * SeenV::PITCH, seen_v, from.seen_v.layout, y,
+                                      run.origin(), length);
+          if (OWN_KEYS && (r * kinds + 2) % PRODUCERS == warp)
+            copy_scalars(shared + SCALARS_AT + at * SCALARS_ROW, from.scalars, sizes, run, first_head, y, lane);
         }
         cp_async_arrive(barriers.full(stage.slot));
         stage.advance();
       }
-      mbarrier_wait(barriers.queries_empty(band_turn.slot), band_turn.phase ^ 1);
-#pragma unroll 1
-      for (int r = warp; r < BAND; r += PRODUCERS) {
-        const int y = band * BAND + r;
-        if (y < run.length[0])
-          query_copy.copy<STRIP>(shared + Q_AT + (band_turn.slot * BAND + r) * QueryRows::PITCH, queries, params.q, y,
-                                 run.start, run.length[1]);
+      mbarrier_wait(barriers.own_empty(band_turn.slot), band_turn.phase ^ 1);
+#pragma unroll
+      for (int r = 0; r < BAND; ++r) {
+        const int y = band * BAND + r, at = band_turn.slot * BAND + r, kinds = PASS == FORWARD ? 1 : OWN_KEYS ? 2 : 5;
+        if (y >= run.length[0]) continue;
+        if (r * kinds % PRODUCERS == warp)
+          copy_own_d.copy<STRIP>(shared + OWN_D_AT + at * OwnD::PITCH, own_d, from.own_d.layout, y, run.start, length);
+        if (PASS != FORWARD && (r * kinds + 1) % PRODUCERS == warp)
+          copy_own_v.copy<STRIP>(shared + OWN_V_AT + at * OwnV::PITCH, own_v, from.own_v.layout, y, run.start, length);
+        if (PASS != QUERIES) continue;
+        if ((r * kinds + 2) % PRODUCERS == warp)
+          copy_own_o.copy<STRIP>(shared + OWN_O_AT + at * OwnV::PITCH, own_o, from.own_o.layout, y, run.start, length);
+        if ((r * kinds + 3) % PRODUCERS == warp)
+          copy_own_scalars(shared + SCALARS_AT + at * SCALARS_ROW, lse, from.of_lse, run, first_head, y, lane);
+        if (d_lse != nullptr && (r * kinds + 4) % PRODUCERS == warp)
+          copy_own_scalars(shared + SCALARS_AT + (OWN_RING * BAND + at) * SCALARS_ROW, d_lse, from.of_d_lse, run,
+                           first_head, y, lane);
       }
-      cp_async_arrive(barriers.queries_full(band_turn.slot));
+      cp_async_arrive(barriers.own_full(band_turn.slot));
       band_turn.advance();
     }
   }

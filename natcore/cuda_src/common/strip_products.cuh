@@ -2,26 +2,8 @@
 #pragma once
 
 #include "common/strip_bias.cuh"
-#include "ptx/ldmatrix.cuh"
+#include "common/strip_tile.cuh"
 #include "ptx/math.cuh"
-#include "ptx/mma.cuh"
-
-// The 8 queries of a group as B operands, times `factor`; `row` and `byte` are where query lane % 8 lies.
-__device__ __forceinline__ void load_queries(unsigned (&b)[2 * D_STEPS], unsigned row, int byte, float factor,
-                                             int lane) {
-#pragma unroll
-  for (int step = 0; step < D_STEPS; step += 2) {
-    unsigned r[4];
-    const int chunk = smaller(step * 32 + lane / 8 * 16, D_STEPS * 32 - 16);
-    ldmatrix_x4(r, row + QueryRows::at(byte + chunk, lane % 8 % BAND));
-#pragma unroll
-    for (int i = 0; i < 4 && 2 * step + i < 2 * D_STEPS; ++i) b[2 * step + i] = r[i];
-  }
-  if (factor != 1.f) {
-#pragma unroll
-    for (unsigned& pair : b) pair = pack<Element>(factor * low<Element>(pair), factor * high<Element>(pair));
-  }
-}
 
 using Scores = float[GROUPS][BLOCKS][4];  // element i: key i / 2 * 8 + lane / 4 of a block, query 2 (lane % 4) + i % 2
 
@@ -30,13 +12,16 @@ using Scores = float[GROUPS][BLOCKS][4];  // element i: key i / 2 * 8 + lane / 4
 template <bool CLAMPED>
 __device__ __forceinline__ void score(Scores& s, const unsigned (&query)[GROUPS][2 * D_STEPS],
                                       const unsigned (&keys)[D_STEPS],
-                                      const float* const (&bias)[2][2], const unsigned (&lacks)[GROUPS][2], int lane) {
+                                      const float* const (&bias)[2][2], unsigned lacks, int lane) {
+  unsigned mask[GROUPS][2];
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) as_mask(mask[g], CLAMPED ? lacks >> 4 * g : 0);
 #pragma unroll
   for (int b = 0; b < TILE_BLOCKS; ++b) {
     unsigned key[D_STEPS][4];
 #pragma unroll
     for (int step = 0; step < D_STEPS; ++step)
-      ldmatrix_x4(key[step], keys[step] + b * (BLOCK_COLUMNS * K::TOKEN));
+      ldmatrix_x4(key[step], keys[step] + b * (BLOCK_COLUMNS * SeenD::TOKEN));
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       const int own = b - g * STEP;
@@ -45,7 +30,7 @@ __device__ __forceinline__ void score(Scores& s, const unsigned (&query)[GROUPS]
       const int column = own * BLOCK_COLUMNS;
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[i] = bias[i % 2][i / 2][column];
-      if (CLAMPED) mask_columns(c, own, lacks[g], lane);
+      if (CLAMPED) mask_columns(c, own, mask[g], lane);
 #pragma unroll
       for (int step = 0; step < D_STEPS; ++step)
         Mma<Element>::m16n8k16(c, key[step][0], key[step][1], key[step][2], key[step][3], query[g][2 * step],
@@ -89,44 +74,17 @@ __device__ __forceinline__ void weigh(float (&o)[GROUPS][V_STEPS][4], float (&su
     unsigned value[V_STEPS][4], weight[GROUPS][2];
 #pragma unroll
     for (int step = 0; step < V_STEPS; ++step)
-      ldmatrix_x4_transposed(value[step], values[step] + b * (BLOCK_COLUMNS * V::TOKEN));
+      ldmatrix_x4_transposed(value[step], values[step] + b * (BLOCK_COLUMNS * SeenV::TOKEN));
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       const int own = b - g * STEP;
       if (own < 0 || own >= BLOCKS) continue;
-      const float(&c)[4] = p[g][own];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) weight[g][h] = movmatrix_transposed(pack<Element>(c[2 * h], c[2 * h + 1]));
+      as_operand(weight[g], p[g][own]);
 #pragma unroll
       for (int step = 0; step < V_STEPS; ++step)
         Mma<Element>::m16n8k16(o[g][step], value[step][0], value[step][1], value[step][2], value[step][3],
                                weight[g][0], weight[g][1], o[g][step]);
       Mma<Element>::m16n8k16(sum[g], ones, ones, ones, ones, weight[g][0], weight[g][1], sum[g]);
     }
-  }
-}
-
-// O of a group, divided by `sum`, into 8 rows of the warp's stage.
-__device__ __forceinline__ void stage_output(unsigned char* stage, const float (&o)[V_STEPS][4], const float (&sum)[4],
-                                             int lane) {
-  float inverse[2];
-#pragma unroll
-  for (int e = 0; e < 2; ++e) inverse[e] = rcp_approx(sum[e]);
-#pragma unroll
-  for (int step = 0; step < V_STEPS; ++step) {
-    unsigned r[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) r[h] = pack<Element>(o[step][2 * h] * inverse[0], o[step][2 * h + 1] * inverse[1]);
-#if __CUDA_ARCH__ >= 900
-    const int query = lane % 8;
-    const int chunk = OutRows::chunk(query, 2 * step + lane / 8 % 2);
-    stmatrix_x2_transposed(shared_address(stage) + query * OutRows::PITCH + chunk, r);
-#else
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      *reinterpret_cast<unsigned*>(stage + lane / 4 * OutRows::PITCH + OutRows::chunk(lane / 4, 2 * step + h) +
-                                   lane % 4 * 4) =
-          movmatrix_transposed(r[h]);
-#endif
   }
 }

@@ -1,10 +1,13 @@
-// Groups of 8 queries, strips of the map down which a block marches, and what it keeps in shared memory.
+// Groups of 8 tokens, strips of the map down which a block marches, and what it keeps in shared memory.
 //
-// The map has two axes: axis 0 counts rows, axis 1 columns. All positions are in-group (see window.cuh).
+// The map has two axes: axis 0 counts rows, axis 1 columns. All positions are in-group (see window.cuh). There are
+// three passes. In the forward and in the backward of queries (PASS = FORWARD, QUERIES) the own tokens of a warp are
+// queries, and the seen ones their keys; in the backward of keys (KEYS) it is the other way round.
 //
-//   group    BAND x GROUP_COLUMNS = 8 queries: the n8 side of an mma. Query n of a group lies in row n % BAND,
-//            column n / BAND, so the two queries of a lane share their column.
-//   block    BLOCK_ROWS x BLOCK_COLUMNS = 16 keys: the m16 side of an mma. A band's keys are one row of blocks.
+//   group    BAND x GROUP_COLUMNS = 8 own tokens: the n8 side of an mma. Token n of a group lies in row n % BAND,
+//            column n / BAND, so the two tokens of a lane share their column.
+//   block    BLOCK_ROWS x BLOCK_COLUMNS = 16 seen tokens: the m16 side of an mma. What a band of queries sees is one
+//            row of blocks; keys near a border are seen by more queries, in several rows of blocks.
 //   tile     GROUPS neighbouring groups of one band, which share the blocks they load: what a warp works on
 //   strip    TILES tiles side by side. Every warp of a block has a tile and a head, and keeps them on its way down.
 //
@@ -17,15 +20,17 @@
 //                                            k k|k k|k k|k k|k k
 //                                            k k|k k|k k|k k|k k
 //
-// Rows of keys and values lie in a ring of RING stages of BAND rows: rows [s BAND - SHIFT, (s + 1) BAND - SHIFT) of
-// the map are the s-th stage, so that the windows of most bands start where a stage starts. Queries have a ring of
-// QUERY_RING bands. A strip of several is PADDED with zeros where its keys leave the map; the row of a strip as wide
-// as the map holds COLUMNS, all of it, and keys beyond are whatever finite numbers lie there. The mask removes both.
+// Rows of seen tokens lie in a ring of RING stages of BAND rows: rows [s BAND - SHIFT, (s + 1) BAND - SHIFT) of the
+// map are the s-th stage, so that what most bands see starts where a stage starts. Own tokens have a ring of OWN_RING
+// bands. A token has two vectors: of HEAD_DIM elements (d: q or k) and of HEAD_DIM_V (v: v or dO; queries of the forward
+// have none; those of the backward also have o, of HEAD_DIM_V). A strip of several is PADDED with zeros where it leaves the map; the row of a strip as wide as the map
+// holds COLUMNS, all of it, and what lies beyond are whatever finite numbers. The mask removes both.
 //
-// Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V; BAND, BLOCK_ROWS, GROUPS, TILES, HEADS (of a
-// block), BLOCKS (of a group), LEFT (columns from a group's first block to its first query, at most), COLUMNS (of
-// shared memory), PADDED, SHIFT, RING, QUERY_RING, PRODUCERS (warps), BLOCKS_PER_SM; and for a = 0, 1: KERNEL_a,
-// STRIDE_a, CAUSAL_a, DILATION_a.
+// Defines: PASS, ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V; BAND, BLOCK_ROWS, GROUPS, TILES, HEADS (of
+// a block), BLOCKS (of a group), LEFT (columns from a group's first block to its first own token, at most),
+// EDGE_BLOCKS (KEYS: of a tile near a border), COLUMNS (of shared memory) and PAD (of these, left of a padded strip),
+// LEAST_DIFFERENCE and GREATEST_DIFFERENCE (of columns, seen - own), PADDED, SHIFT, RING, OWN_RING, PRODUCERS (warps),
+// BLOCKS_PER_SM; and for a = 0, 1: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a.
 #pragma once
 
 #include "common/shared_rows.cuh"
@@ -39,6 +44,8 @@ using BiasElement = RPB;
 using BiasElement = float32;  // of a null pointer
 #endif
 
+constexpr int FORWARD = 0, QUERIES = 1, KEYS = 2;  // values of PASS
+constexpr bool OWN_KEYS = PASS == KEYS;
 constexpr int GROUP_COLUMNS = 8 / BAND, BLOCK_COLUMNS = 16 / BLOCK_ROWS;
 constexpr bool TALL = BLOCK_ROWS == 16;
 constexpr int STEP = GROUP_COLUMNS / BLOCK_COLUMNS;  // blocks from one group's first to the next one's
@@ -49,57 +56,79 @@ constexpr int D_STEPS = (HEAD_DIM + 15) / 16, V_STEPS = (HEAD_DIM_V + 15) / 16; 
 
 static_assert(GROUP_COLUMNS % BLOCK_COLUMNS == 0, "groups start where blocks start");
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks");
-static_assert(BLOCKS * BLOCK_COLUMNS <= 16, "the mask's product has 16 columns");
+static_assert(BLOCKS * BLOCK_COLUMNS <= 16 && EDGE_BLOCKS * BLOCK_COLUMNS <= 16, "the mask's product has 16 columns");
 
 // ---- shared memory, in bytes ----
 
-// The chunks of 16 bytes of a row of keys or values are permuted by the map's row, within each 128 bytes, so that 8
-// rows of a column miss each other's banks wherever in the ring they lie; rows whose blocks do not start at 128 bytes
-// are an odd number of chunks apart instead. Chunks of queries are permuted such that a group's 8 miss each other's.
+// The chunks of 16 bytes of a row of seen tokens are permuted by the map's row, within each 128 bytes, so that 8 rows
+// of a column miss each other's banks wherever in the ring they lie; rows whose blocks do not start at 128 bytes are an
+// odd number of chunks apart instead. Chunks of own tokens are permuted such that a group's 8 miss each other's.
 template <int STEPS>  // of 16 elements of a head
-struct KeyRows {
+struct SeenRows {
   static constexpr int TOKEN = HEADS * STEPS * 32, BYTES = COLUMNS * TOKEN;
   static constexpr bool PERMUTED = BLOCK_COLUMNS * TOKEN % 128 == 0;
   static constexpr int PITCH = PERMUTED ? (BYTES + 127) / 128 * 128 : (BYTES / 16 | 1) * 16;
-  static __device__ __forceinline__ int at(int byte, int row) { return PERMUTED ? byte ^ row % 8 * 16 : byte; }
+  static __device__ __forceinline__ int at(int byte, int row) { return PERMUTED ? byte ^ (row & 7) * 16 : byte; }
 };
-using K = KeyRows<D_STEPS>;
-using V = KeyRows<V_STEPS>;
+using SeenD = SeenRows<D_STEPS>;
+using SeenV = SeenRows<V_STEPS>;
 
-struct QueryRows {
-  static constexpr int TOKEN = K::TOKEN, PITCH = (STRIP * TOKEN + 127) / 128 * 128;
+template <int STEPS>
+struct OwnRows {
+  static constexpr int TOKEN = HEADS * STEPS * 32, PITCH = (STRIP * TOKEN + 127) / 128 * 128;
   static constexpr int LINES = TOKEN > 128 ? TOKEN / 128 : 1;  // of a token
   static __device__ __forceinline__ int at(int byte, int row) {
-    return byte ^ (row % BAND + BAND * (byte / 128 / LINES)) % 8 * 16;
+    return byte ^ (row % BAND + BAND * (static_cast<unsigned>(byte) / 128 / LINES)) % 8 * 16;
   }
 };
+using OwnD = OwnRows<D_STEPS>;
+using OwnV = OwnRows<V_STEPS>;
 
-// The bias table of one head, in units of 1 / scale: a row for each difference key - query of rows, then a row of
+// The bias table of one head, in units of 1 / scale: a row for each difference of rows, seen - own, then a row of
 // infinities for queries that lack the key's row; within a row, differences of columns from LEAST_DIFFERENCE on. The
 // first of two tables holds infinities where an unclamped window lacks the column too.
-constexpr int LEAST_DIFFERENCE = 1 - GROUP_COLUMNS - (GROUPS > 1 ? LEFT : BLOCKS * BLOCK_COLUMNS - 1);
-constexpr int GREATEST_DIFFERENCE = BLOCKS * BLOCK_COLUMNS - 1 - (GROUPS > 1 ? LEFT : 0);
 constexpr int TABLE_ROWS = 2 * KERNEL_0 - 1;
 // Where a band's rows fill a block, the row that a query lacks is one beyond its window: modulo 8, there.
 constexpr int MASKED_ROW = TABLE_ROWS + ((2 * KERNEL_0 - KERNEL_0 / 2 - 1) % 8 + 8 - TABLE_ROWS % 8) % 8;
 constexpr int TABLE_ROW = (GREATEST_DIFFERENCE - LEAST_DIFFERENCE + 4) / 8 * 8 + 4;  // 8 rows of 4 lie in 32 banks
 constexpr int TABLE = (MASKED_ROW + 1) * TABLE_ROW;
+constexpr int COLUMN_DIFFERENCES = 2 * KERNEL_1 - 1, ENTRIES = TABLE_ROWS * COLUMN_DIFFERENCES;  // of rpb
 
-using OutRows = Rows<V_STEPS * 16>;
-constexpr int OUT_STAGE = GROUPS * 8 * OutRows::PITCH;
+// By which results reach 16-byte stores: rows of a tile, or of one group where there are two results.
+constexpr int OUT_STEPS = PASS == FORWARD ? V_STEPS : PASS == QUERIES || D_STEPS > V_STEPS ? D_STEPS : V_STEPS;
+constexpr int STAGED = OWN_KEYS ? 1 : GROUPS;  // groups
+using OutRows = Rows<OUT_STEPS * 16>;
+constexpr int OUT_STAGE = STAGED * 8 * OutRows::PITCH;
 
 // Blocks of columns leave the map so far, on either side, where a row of shared memory is the map's.
 constexpr int RIGHT = BLOCKS * BLOCK_COLUMNS - (GROUPS == 1 ? COLUMNS : GROUP_COLUMNS + LEFT);
-constexpr int OUTSIDE = GROUPS == 1 || LEFT < RIGHT ? RIGHT : LEFT, MARGIN = PADDED || OUTSIDE < 0 ? 0 : OUTSIDE;
+constexpr int OUTSIDE = GROUPS == 1 || LEFT < RIGHT ? RIGHT : LEFT;
+constexpr int MARGIN = OWN_KEYS || PADDED || OUTSIDE < 0 ? 0 : OUTSIDE;
 __device__ constexpr int margin_of(int token) { return (MARGIN * token + 127) / 128 * 128; }
-constexpr int K_AT = margin_of(K::TOKEN);
-constexpr int K_END = (K_AT + RING * BAND * K::PITCH + 127) / 128 * 128 + margin_of(K::TOKEN);
-constexpr int V_AT = K_END + margin_of(V::TOKEN);
-constexpr int Q_AT = (V_AT + RING * BAND * V::PITCH + 127) / 128 * 128 + margin_of(V::TOKEN);
-constexpr int OUT_AT = Q_AT + QUERY_RING * BAND * QueryRows::PITCH;
+constexpr int SEEN_ROWS = RING * BAND;
+constexpr int SEEN_D_AT = margin_of(SeenD::TOKEN);
+constexpr int SEEN_D_END = (SEEN_D_AT + SEEN_ROWS * SeenD::PITCH + 127) / 128 * 128 + margin_of(SeenD::TOKEN);
+constexpr int SEEN_V_AT = SEEN_D_END + margin_of(SeenV::TOKEN);
+constexpr int OWN_D_AT = (SEEN_V_AT + SEEN_ROWS * SeenV::PITCH + 127) / 128 * 128 + margin_of(SeenV::TOKEN);
+constexpr int OWN_V_AT = OWN_D_AT + OWN_RING * BAND * OwnD::PITCH;
+constexpr int OWN_O_AT = OWN_V_AT + (PASS == FORWARD ? 0 : OWN_RING * BAND * OwnV::PITCH);  // QUERIES
+constexpr int OUT_AT = OWN_O_AT + (PASS == QUERIES ? OWN_RING * BAND * OwnV::PITCH : 0);
 constexpr int TABLE_AT = OUT_AT + CONSUMERS * OUT_STAGE;
-constexpr int BARRIERS_AT = TABLE_AT + HEADS * 2 * TABLE * 4;
-constexpr int SHARED_BYTES = BARRIERS_AT + 2 * (RING + QUERY_RING) * 8;
+constexpr int SCALARS_AT = TABLE_AT + HEADS * 2 * TABLE * 4;
+// KEYS: {lse, d_lse - delta} of seen queries. QUERIES: lse of own ones, then d_lse.
+constexpr int SCALARS_ROW = OWN_KEYS ? HEADS * COLUMNS * 8 : HEADS * STRIP * 4;
+constexpr int SUMS_AT =
+    SCALARS_AT + SCALARS_ROW * (OWN_KEYS ? SEEN_ROWS : PASS == QUERIES ? 2 * OWN_RING * BAND : 0);  // of drpb
+#ifdef RPB
+constexpr int SUMS_BYTES = PASS == QUERIES ? CONSUMERS * ENTRIES * 4 : 0;
+#else
+constexpr int SUMS_BYTES = 0;
+#endif
+// Backward: what a warp keeps of its run, PLACE bytes, and each of its lanes, KEPT bytes, because registers are scarce.
+constexpr int PLACES_AT = (SUMS_AT + SUMS_BYTES + 15) / 16 * 16, PLACE = PASS == FORWARD ? 0 : 32;
+constexpr int KEPT_AT = PLACES_AT + CONSUMERS * PLACE, KEPT = PASS == FORWARD ? 0 : PASS == KEYS ? 4 : 16;
+constexpr int BARRIERS_AT = KEPT_AT + CONSUMERS * 32 * KEPT;
+constexpr int SHARED_BYTES = BARRIERS_AT + 2 * (RING + OWN_RING) * 8;
 
 // ---- sizes and strides: written by natcore/planning/marching.py ----
 
@@ -114,13 +143,13 @@ struct Layout {  // strides in elements; `step` is that of neighbours in a dilat
   int head, axis[2], step[2];
 };
 
-struct Params {
-  Sizes sizes;
-  Layout q, k, v, rpb, out, lse;
-};
-
 __device__ __forceinline__ Axis window_of(int a) {
   return {0, a == 0 ? KERNEL_0 : KERNEL_1, a == 0 ? STRIDE_0 : STRIDE_1, 1, a == 0 ? CAUSAL_0 : CAUSAL_1};
+}
+
+// What an own token sees, on one axis.
+__device__ __forceinline__ Interval seen_by(int a, int x, int length) {
+  return OWN_KEYS ? queries_of(window_of(a), x, length) : keys_of(window_of(a), x, length);
 }
 
 // Consecutive bands of one strip of one batch entry and dilation group. Items are numbered bands fastest.
@@ -157,17 +186,16 @@ struct Run {
                       static_cast<long long>(group[0]) * s.axis[0] + static_cast<long long>(group[1]) * s.axis[1]);
   }
 
-  // The rows that a band's queries see.
+  // The rows that a band sees.
   __device__ __forceinline__ Interval rows_of(int band) const {
     const int y = band * BAND;
-    return {keys_of(window_of(0), y, length[0]).start,
-            keys_of(window_of(0), smaller(y + BAND, length[0]) - 1, length[0]).end};
+    return {seen_by(0, y, length[0]).start, seen_by(0, smaller(y + BAND, length[0]) - 1, length[0]).end};
   }
   // The column of the map that lies first in a row of shared memory.
-  __device__ __forceinline__ int origin() const { return PADDED ? start - LEFT : 0; }
+  __device__ __forceinline__ int origin() const { return PADDED ? start - PAD : 0; }
 };
 
-__device__ __forceinline__ int stage_of(int row) { return (row + SHIFT) / BAND; }
+__device__ __forceinline__ int stage_of(int row) { return static_cast<unsigned>(row + SHIFT) / BAND; }  // row >= 0
 
 // A place in a ring of barriers: which one, and the parity of its phase.
 template <int COUNT>
@@ -179,13 +207,11 @@ struct Turn {
   }
 };
 
-// The barriers: stages of keys full and empty, bands of queries full and empty.
+// The barriers: stages of seen rows full and empty, bands of own rows full and empty.
 struct Barriers {
   unsigned base;
   __device__ __forceinline__ unsigned full(int slot) const { return base + slot * 8; }
   __device__ __forceinline__ unsigned empty(int slot) const { return base + (RING + slot) * 8; }
-  __device__ __forceinline__ unsigned queries_full(int slot) const { return base + (2 * RING + slot) * 8; }
-  __device__ __forceinline__ unsigned queries_empty(int slot) const {
-    return base + (2 * RING + QUERY_RING + slot) * 8;
-  }
+  __device__ __forceinline__ unsigned own_full(int slot) const { return base + (2 * RING + slot) * 8; }
+  __device__ __forceinline__ unsigned own_empty(int slot) const { return base + (2 * RING + OWN_RING + slot) * 8; }
 };

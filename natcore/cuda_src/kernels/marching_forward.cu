@@ -19,50 +19,10 @@
 #include "common/strip_loads.cuh"
 #include "common/strip_products.cuh"
 
-// A warp's tile within a run: its first column, the first that it stores, and how its windows lie.
-struct Tile {
-  int x, owned;
-  bool exists, clamped;
-  __device__ __forceinline__ Tile(const Run& run, int number) {
-    x = run.start + smaller(number * TILE, larger(smaller(STRIP, run.length[1]) - TILE, 0));
-    owned = PADDED ? run.owned : number * TILE;
-    exists = owned < run.length[1] && x + TILE > owned;
-    const int left = CAUSAL_1 ? KERNEL_1 - 1 : KERNEL_1 / 2;
-    clamped = STRIDE_1 > 1 || x < left || x + TILE - 1 - left + KERNEL_1 > run.length[1];
-  }
-  __device__ __forceinline__ int group(int g) const { return x + g * GROUP_COLUMNS; }
-  // The first column of group g's first block. The blocks of a tile of one group stay inside the map.
-  __device__ __forceinline__ int block(int g, int length) const {
-    return GROUPS == 1 ? larger(smaller(x - LEFT, length - BLOCKS * BLOCK_COLUMNS), 0) : group(g) - LEFT;
-  }
+struct Params {
+  Sizes sizes;
+  Layout q, k, v, rpb, out, lse;
 };
-
-// Where this lane's key of a tile's first block lies in a ring of rows, for each step: row i of the band's list, or a
-// masked copy of its last row. `first` is the ring row of row 0 of the map, give or take the ring's length.
-template <typename Rows, int STEPS>
-__device__ __forceinline__ void find_keys(unsigned (&at)[STEPS], unsigned ring, int byte, const Interval& rows, int i,
-                                          int first) {
-  const int y = smaller(rows.start + i, rows.end - 1), place = y + first;
-  const unsigned row = ring + (place < RING * BAND ? place : place - RING * BAND) * Rows::PITCH;
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) at[step] = row + Rows::at(byte + step * 32, y);
-}
-
-// The rows of the bias table of this lane's pairs, see `score`; the band starts at row y.
-__device__ __forceinline__ void find_bias(const float* (&bias)[2][2], const float* table, const Interval& rows, int y,
-                                          int length, int lane) {
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int mine = y + (lane % 4 * 2 + e) % BAND;
-    const Interval seen = keys_of(window_of(0), smaller(mine, length - 1), length);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int key = rows.start + lane / 4 + (TALL ? 8 * h : 0);
-      const int at = seen.start <= key && key < seen.end ? key - mine + KERNEL_0 - 1 : MASKED_ROW;
-      bias[e][h] = table + at * TABLE_ROW + (TALL ? 0 : h);
-    }
-  }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     marching_forward(const Element* __restrict__ q,        // [batch, x0, x1, heads, HEAD_DIM]
@@ -74,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                      float scale, const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Sizes& sizes = params.sizes;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int first_head = blockIdx.x % sizes.head_groups * HEADS, slice = blockIdx.x / sizes.head_groups;
   const long long items = static_cast<long long>(sizes.batch) * DILATION_0 * DILATION_1 * sizes.strips * sizes.bands;
   const int begin = static_cast<int>(items * slice / sizes.slices);
@@ -83,24 +43,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
 
-  if (threadIdx.x < RING) {
-    mbarrier_init(barriers.full(threadIdx.x), 32 * PRODUCERS);
-    mbarrier_init(barriers.empty(threadIdx.x), CONSUMERS);
-  } else if (threadIdx.x < RING + QUERY_RING) {
-    mbarrier_init(barriers.queries_full(threadIdx.x - RING), 32 * PRODUCERS);
-    mbarrier_init(barriers.queries_empty(threadIdx.x - RING), CONSUMERS);
-  }
-  clear_rest<HEAD_DIM, K::TOKEN>(shared, K_END);
-  clear_rest<HEAD_DIM_V, V::TOKEN>(shared + K_END, Q_AT - K_END);
-  clear_rest<HEAD_DIM, K::TOKEN>(shared + Q_AT, OUT_AT - Q_AT);
-  if (MARGIN > 0) {
-    clear_margins<K>(shared + K_AT);
-    clear_margins<V>(shared + V_AT);
-  }
+  prepare_shared(shared, barriers);
   __syncthreads();
 
   if (warp >= CONSUMERS) {
-    produce(base, barriers, q, k, v, params, first_head, begin, end, warp - CONSUMERS, lane);
+    const Source queries{q, params.q, 1};
+    const Sources from{{k, params.k, sizes.heads_per_kv}, {v, params.v, sizes.heads_per_kv}, queries, queries, queries,
+                       nullptr, nullptr, nullptr, params.lse, params.lse};
+    produce(base, barriers, from, sizes, first_head, begin, end, warp - CONSUMERS, lane);
     return;
   }
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
@@ -110,54 +60,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const int row = lane / 4, pair = lane % 4 * 2;  // this lane's key of 8 and its first query of a group
   // Lanes of ldmatrix: K as A operand and V as its transpose; which key of a block, which 16 bytes of it.
   const int key_half = lane / 8 % 2, value_half = lane / 16;
-  const int key_lane = head * (D_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * K::TOKEN);
-  const int value_lane = head * (V_STEPS * 32) + lane / 8 % 2 * 16 + (TALL ? 0 : value_half * V::TOKEN);
+  const int key_lane = head * (D_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * SeenD::TOKEN);
+  const int value_lane = head * (V_STEPS * 32) + lane / 8 % 2 * 16 + (TALL ? 0 : value_half * SeenV::TOKEN);
   unsigned char* stage = shared + OUT_AT + warp * OUT_STAGE;
   const float* tables = reinterpret_cast<const float*>(shared + TABLE_AT) + head * 2 * TABLE;
 
-  // What this lane stores of a tile, from its first row and column on.
-  constexpr int CHUNKS = HEAD_DIM_V / 8, STORES = (GROUPS * 8 * CHUNKS + 31) / 32;
+  const Stores<HEAD_DIM_V> its(params.out, lane);
   const int lse_row = (pair + row % 2) % BAND, lse_column = row / 2 * GROUP_COLUMNS + (pair + row % 2) / BAND;
   const int lse_offset = lse_row * params.lse.step[0] + lse_column * params.lse.step[1];
-  const auto stored_row = [&](int i) { return (lane + 32 * i) / CHUNKS % BAND; };
-  const auto stored_column = [&](int i) {
-    const int token = (lane + 32 * i) / CHUNKS;
-    return token / 8 * GROUP_COLUMNS + token % 8 / BAND;
-  };
-  int offset[STORES];
-#pragma unroll
-  for (int i = 0; i < STORES; ++i)
-    offset[i] = stored_row(i) * params.out.step[0] + stored_column(i) * params.out.step[1] +
-                (lane + 32 * i) % CHUNKS * 8;
 
   Turn<RING> ready, held;  // the next stage to wait for; the first that is not given back
-  Turn<QUERY_RING> turn;
+  Turn<OWN_RING> turn;
 #pragma unroll 1
   for (int item = begin; item < end;) {
     const Run run(sizes, item, end);
     item = run.next;
     if (run.last < run.first) continue;
     const Tile tile(run, number);
-    unsigned lacks[GROUPS][2] = {};
+    unsigned lacks = 0;
     if (tile.clamped) {
 #pragma unroll
-      for (int g = 0; g < GROUPS; ++g)
-        lacking(lacks[g], tile.group(g), tile.block(g, run.length[1]), run.length[1], lane);
+      for (int g = 0; g < GROUPS; ++g) lacks |= lacking(tile.group(g), tile.block(g, run.length[1]), run.length[1], lane) << 4 * g;
     }
     const int block = tile.block(0, run.length[1]);
     const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE - pair / BAND;
-    const int key_byte = key_lane + (block - run.origin()) * K::TOKEN;
-    const int value_byte = value_lane + (block - run.origin()) * V::TOKEN;
-    const int query_byte = (tile.x - run.start + lane % 8 / BAND) * QueryRows::TOKEN + head * (D_STEPS * 32);
+    const int key_byte = key_lane + (block - run.origin()) * SeenD::TOKEN;
+    const int value_byte = value_lane + (block - run.origin()) * SeenV::TOKEN;
+    const int query_byte = (tile.x - run.start + lane % 8 / BAND) * OwnD::TOKEN + head * (D_STEPS * 32);
     const long long x = tile.x;
     Element* its_out = run.base(out, params.out, first_head + head) + x * params.out.step[1];
     float* its_lse = run.base(lse, params.lse, first_head + head) + x * params.lse.step[1];
-    // Which of its stores lie in columns that are this tile's.
-    const auto owns = [&](int column) { return tile.owned <= tile.x + column && tile.x + column < run.length[1]; };
-    bool stores[STORES];
-#pragma unroll
-    for (int i = 0; i < STORES; ++i) stores[i] = lane + 32 * i < GROUPS * 8 * CHUNKS && owns(stored_column(i));
-    const bool stores_lse = lse != nullptr && row < 2 * GROUPS && owns(lse_column);
+    const bool stores_lse = lse != nullptr && row < 2 * GROUPS && tile.owns(lse_column, run.length[1]);
     Interval rows = run.rows_of(run.first);
     int least = stage_of(rows.start), most = least;  // stages held: [least, most)
 
@@ -166,20 +99,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int y = band * BAND;
       for (; most <= stage_of(rows.end - 1); ++most, ready.advance())
         mbarrier_wait(barriers.full(ready.slot), ready.phase);
-      mbarrier_wait(barriers.queries_full(turn.slot), turn.phase);
+      mbarrier_wait(barriers.own_full(turn.slot), turn.phase);
       unsigned query[GROUPS][2 * D_STEPS];
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g)
-        load_queries(query[g], base + Q_AT + (turn.slot * BAND + lane % 8 % BAND) * QueryRows::PITCH,
-                     query_byte + g * GROUP_COLUMNS * QueryRows::TOKEN, parts.query, lane);
+        load_own<OwnD, D_STEPS>(query[g], base + OWN_D_AT + (turn.slot * BAND + lane % 8 % BAND) * OwnD::PITCH,
+                                query_byte + g * GROUP_COLUMNS * OwnD::TOKEN, parts.query, lane);
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(barriers.queries_empty(turn.slot));
+      if (lane == 0) mbarrier_arrive(barriers.own_empty(turn.slot));
       turn.advance();
       if (tile.exists) {
         unsigned keys[D_STEPS], values[V_STEPS];
         const int first = SHIFT + (held.slot - least) * BAND;
-        find_keys<K>(keys, base + K_AT, key_byte, rows, lane % 8 + (TALL ? 8 * key_half : 0), first);
-        find_keys<V>(values, base + V_AT, value_byte, rows, lane % 8 + (TALL ? 8 * value_half : 0), first);
+        find_seen<SeenD>(keys, base + SEEN_D_AT, key_byte, rows, lane % 8 + (TALL ? 8 * key_half : 0), first);
+        find_seen<SeenV>(values, base + SEEN_V_AT, value_byte, rows, lane % 8 + (TALL ? 8 * value_half : 0), first);
         const float* bias[2][2];
         find_bias(bias, table, rows, y, run.length[0], lane);
         Scores s;
@@ -193,16 +126,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         weigh(o, sum, s, values);
         __syncwarp();  // the stage has been read
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) stage_output(stage + g * 8 * OutRows::PITCH, o[g], sum[g], lane);
-        __syncwarp();
-        Element* target = its_out + static_cast<long long>(y) * params.out.step[0];
-#pragma unroll
-        for (int i = 0; i < STORES; ++i) {
-          const int token = (lane + 32 * i) / CHUNKS, chunk = (lane + 32 * i) % CHUNKS;
-          if (stores[i] && y + stored_row(i) < run.length[0])
-            *reinterpret_cast<uint4*>(target + offset[i]) =
-                *reinterpret_cast<const uint4*>(stage + token * OutRows::PITCH + OutRows::chunk(token, chunk));
+        for (int g = 0; g < GROUPS; ++g) {
+          const float inverse[2] = {rcp_approx(sum[g][0]), rcp_approx(sum[g][1])};
+          stage_group(stage + g * 8 * OutRows::PITCH, o[g], inverse, lane);
         }
+        __syncwarp();
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+          its.write(its_out + static_cast<long long>(y) * params.out.step[0], params.out,
+                    stage + g * 8 * OutRows::PITCH, g, tile, run.length[0] - y, run.length[1]);
         if (stores_lse && y + lse_row < run.length[0]) {
           float most_of = top[0][0], total = sum[0][0];
 #pragma unroll

@@ -8,6 +8,14 @@ __device__ __forceinline__ void cp_async_16(unsigned shared, const void* global,
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+// As `cp_async_16`, BYTES = 4 or 8 at addresses that are multiples of it.
+template <int BYTES>
+__device__ __forceinline__ void cp_async_small(unsigned shared, const void* global, bool present) {
+  const int bytes = present ? BYTES : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared), "l"(global), "r"(bytes), "n"(BYTES)
+               : "memory");
+}
+
 // Closes the group of this thread's copies since the last commit.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

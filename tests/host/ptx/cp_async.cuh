@@ -10,6 +10,14 @@ inline void cp_async_16(unsigned shared, const void* global, bool present) {
   host::issue({host::Copy::BYTES, shared, present ? global : nullptr});
 }
 
+template <int BYTES>
+inline void cp_async_small(unsigned shared, const void* global, bool present) {
+  host::memory_at(shared, BYTES, "cp.async");
+  if (reinterpret_cast<size_t>(global) % BYTES != 0 && present)
+    host::fail("cp.async from %p: not aligned to %d", global, BYTES);
+  host::issue({host::Copy::BYTES, shared, present ? global : nullptr, BYTES});
+}
+
 inline void cp_async_commit() { host::issue({host::Copy::COMMIT, 0, nullptr}); }
 
 template <int PENDING>
