@@ -14,7 +14,6 @@ from natcore.planning import listed
 from natcore.planning.marching_cost import choose_geometry
 from natcore.planning.marching_geometry import Geometry, Pass
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
-from natcore.planning.partials import bias_launch
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -36,7 +35,7 @@ KEYS = "keys_"  # before the name of an option: of the backward of keys
 OPTIONS = (*_CHOICES, *(KEYS + name for name in _CHOICES))
 _FORWARD = ("q", "k", "v", "rpb", "out", "lse")
 _QUERIES = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq")
-_KEYS = ("d_out", "q", "k", "v", "rpb", "dk", "dv")
+_KEYS = ("rpb", "dk", "dv", "drpb")
 _ALIGNMENT = 256  # of what lies in the workspace
 
 
@@ -47,26 +46,27 @@ def _layout(call: Call, name: str, g: Geometry) -> bytes:
         return bytes(32)
     batch, axis, head = strides
     step = [s * x.dilation for s, x in zip(axis, g.axes, strict=True)]
-    return struct.pack("=q5i4x", batch, head, *axis, *(axis if name == "rpb" else step))
+    return struct.pack("=q5i4x", batch, head, *axis, *(axis if name in ("rpb", "drpb") else step))
 
 
 def _launch(
-    call: Call, facts: DeviceFacts, g: Geometry, names: tuple[str, ...], between: Mapping[str, Param] | None = None
+    call: Call, facts: DeviceFacts, g: Geometry, params: tuple[str | Param, ...], more: tuple[int, ...] = ()
 ) -> Launch:
-    """The launch of one pass on operands ``names``; ``between`` puts further parameters before some of them."""
+    """The launch of one pass. ``params``: operands, by name, whose layouts go into struct Params, and others;
+    ``more``: integers at the end of struct Params."""
     p, slices = call.problem, g.slices(facts)
     numbers = (*p.spatial, p.batch, p.heads // p.heads_kv, g.bands, g.strips, g.head_groups, slices)
-    constants = struct.pack("=8i", *numbers) + b"".join(_layout(call, name, g) for name in names)
-    params: list[Param] = []
-    for name in (*names, ""):
-        params += [param for before, param in (between or {}).items() if before.split(":")[0] == name]
-        params += [Operand(OPERANDS[call.direction].index(name), alignment(name))] if name else []
+    layouts = b"".join(_layout(call, name, g) for name in params if isinstance(name, str))
+    constants = struct.pack("=8i", *numbers) + layouts + struct.pack(f"={len(more)}i", *more)
+    constants += bytes(-len(constants) % 8)
+    index = OPERANDS[call.direction].index
+    operands = (Operand(index(x), alignment(x)) if isinstance(x, str) else x for x in params)
     return Launch(
         KernelSpec(f"marching_{g.of}", g.defines, facts.arch),
         (g.head_groups * slices, 1, 1),
         (g.threads, 1, 1),
         g.shared_bytes,
-        (*params, Scale("float32"), Constant(constants)),
+        (*operands, Scale("float32"), Constant(constants)),
     )
 
 
@@ -85,17 +85,13 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     p = call.problem
     queries, keys = (_chosen(call, facts, options, of) for of in ("queries", "keys"))
     scalars = -(-prod((p.batch, *p.spatial, p.heads)) * 8 // _ALIGNMENT) * _ALIGNMENT
-    drpb = call.strides[OPERANDS["backward"].index("drpb")]
-    partials: Param = Constant(bytes(8)) if drpb is None else Workspace(scalars)
-    launches = [
-        _launch(call, facts, queries, _QUERIES, {":scalars": Workspace(0), ":partials": partials}),
-        _launch(call, facts, keys, _KEYS, {"rpb:scalars": Workspace(0)}),
-    ]
-    if drpb is None:
-        return Plan(tuple(launches), scalars)
-    slices = queries.slices(facts)
-    launches.append(bias_launch(p, drpb, slices, facts.arch, scalars))
-    return Plan(tuple(launches), scalars + slices * p.heads * queries.entries * 4)
+    with_bias, slices = call.strides[OPERANDS["backward"].index("drpb")] is not None, queries.slices(facts)
+    partials: Param = Workspace(scalars) if with_bias else Constant(bytes(8))
+    launches = (
+        _launch(call, facts, queries, (*_QUERIES, Workspace(0), partials)),
+        _launch(call, facts, keys, ("d_out", "q", "k", "v", Workspace(0), *_KEYS, partials), (slices,)),
+    )
+    return Plan(launches, scalars + (slices * p.heads * queries.entries * 4 if with_bias else 0))
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:

@@ -20,7 +20,7 @@ def strides_of(call: Call, name: str) -> tuple[int, tuple[int, ...], int] | None
     strides = call.strides[OPERANDS[call.direction].index(name)]
     if strides is None:
         return None
-    if name == "rpb":
+    if name in ("rpb", "drpb"):
         return 0, strides[1:], strides[0]
     if name in ("lse", "d_lse"):
         return strides[0], strides[1:-1], strides[-1]

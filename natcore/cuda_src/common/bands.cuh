@@ -36,6 +36,7 @@
 // TABLE_ROW; SHARED, the bytes of shared memory; and for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a.
 #pragma once
 
+#include "common/anew.cuh"
 #include "common/scale.cuh"
 #include "common/types.cuh"
 #include "common/window.cuh"
@@ -145,12 +146,6 @@ __device__ constexpr int of_axis(int a, int x0, int x1, int x2) { return a == 0 
 __device__ __forceinline__ Axis window_of(int a) {
   return {0, of_axis(a, KERNEL_0, KERNEL_1, KERNEL_2), of_axis(a, STRIDE_0, STRIDE_1, STRIDE_2), 1,
           of_axis(a, CAUSAL_0, CAUSAL_1, CAUSAL_2)};
-}
-
-// The same value, but what was computed from it before is computed anew.
-__device__ __forceinline__ int anew(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
 }
 
 // The thread's lane, warp and block, read anew, so that what comes from them takes no registers across a long loop.

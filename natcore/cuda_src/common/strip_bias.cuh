@@ -5,6 +5,7 @@
 // where windows are clamped, by one more product: [seen token in column c] times [own token lacks column c] * -3e38.
 #pragma once
 
+#include "common/anew.cuh"
 #include "common/scale.cuh"
 #include "common/strips.cuh"
 #include "ptx/mbarrier.cuh"
@@ -73,12 +74,6 @@ __device__ __forceinline__ void find_bias(const float* (&bias)[2][2], const floa
       bias[e][h] = table + at * TABLE_ROW + (TALL ? 0 : h);
     }
   }
-}
-
-// The same value, which the compiler takes for a new one: what depends on it is not kept in registers from band to band.
-__device__ __forceinline__ int anew(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
 }
 
 // S += mask of one block, by a product in bfloat16, whatever the elements.

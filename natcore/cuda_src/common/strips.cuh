@@ -152,6 +152,14 @@ __device__ __forceinline__ Interval seen_by(int a, int x, int length) {
   return OWN_KEYS ? queries_of(window_of(a), x, length) : keys_of(window_of(a), x, length);
 }
 
+// The items of a slice: equal shares, the first ones one longer where they do not divide. There are less than 2^31.
+__device__ __forceinline__ Interval share_of(const Sizes& sizes, int slice) {
+  const unsigned items = static_cast<unsigned>(sizes.batch) * DILATION_0 * DILATION_1 * sizes.strips * sizes.bands;
+  const int each = items / sizes.slices, longer = items % sizes.slices;
+  const int start = slice * each + smaller(slice, longer);
+  return {start, start + each + (slice < longer ? 1 : 0)};
+}
+
 // Consecutive bands of one strip of one batch entry and dilation group. Items are numbered bands fastest.
 struct Run {
   int batch, group[2], length[2];

@@ -36,9 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const Sizes& sizes = params.sizes;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int first_head = blockIdx.x % sizes.head_groups * HEADS, slice = blockIdx.x / sizes.head_groups;
-  const long long items = static_cast<long long>(sizes.batch) * DILATION_0 * DILATION_1 * sizes.strips * sizes.bands;
-  const int begin = static_cast<int>(items * slice / sizes.slices);
-  const int end = static_cast<int>(items * (slice + 1) / sizes.slices);
+  const Interval share = share_of(sizes, slice);
   const unsigned base = shared_address(shared);
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
@@ -50,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const Source queries{q, params.q, 1};
     const Sources from{{k, params.k, sizes.heads_per_kv}, {v, params.v, sizes.heads_per_kv}, queries, queries, queries,
                        nullptr, nullptr, nullptr, params.lse, params.lse};
-    produce(base, barriers, from, sizes, first_head, begin, end, warp - CONSUMERS, lane);
+    produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, lane);
     return;
   }
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
@@ -72,8 +70,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   Turn<RING> ready, held;  // the next stage to wait for; the first that is not given back
   Turn<OWN_RING> turn;
 #pragma unroll 1
-  for (int item = begin; item < end;) {
-    const Run run(sizes, item, end);
+  for (int item = share.start; item < share.end;) {
+    const Run run(sizes, item, share.end);
     item = run.next;
     if (run.last < run.first) continue;
     const Tile tile(run, number);

@@ -1,7 +1,8 @@
 // Neighbourhood attention, backward of keys, on tensor cores: small two-dimensional windows, 16-bit elements.
 //
 // The mirror image of marching_queries.cu: a warp's own tokens are keys, and the rows that come by those of the queries
-// that see them, with output gradients and the scalars that marching_queries.cu wrote.
+// that see them, with output gradients and the scalars that marching_queries.cu wrote. Producers that are done sum up
+// drpb.
 //
 //   S = Q K^T, dP = dO V^T + d_lse - delta, P = exp(S - lse), dS = P dP, dV^T += dO^T P, dK^T += Q^T dS
 //
@@ -18,7 +19,8 @@
 
 struct Params {
   Sizes sizes;
-  Layout d_out, q, k, v, rpb, dk, dv;
+  Layout d_out, q, k, v, rpb, dk, dv, drpb;
+  int slices;  // of drpb's partial sums
 };
 
 // What a tile's products read: where this lane's query of the first block lies, for each step, as an operand of S and
@@ -118,6 +120,28 @@ __device__ __forceinline__ void store(Element* target, const Layout& layout, con
   }
 }
 
+// drpb from the partial sums of marching_queries.cu, 8 entries at a time, by a warp with nothing else to do; the blocks
+// share them out. A lane adds every fourth slice, then four lanes add up: always in the same order.
+__device__ __forceinline__ void sum_bias(BiasElement* drpb, const float* partials, const Layout& s, int heads,
+                                         int slices, int lane) {
+  const int count = heads * ENTRIES;
+#pragma unroll 1
+  for (int first = blockIdx.x * 8; first < count; first += gridDim.x * 8) {
+    const int i = first + lane % 8;
+    float sum = 0.f;
+    if (i < count) {
+#pragma unroll 8
+      for (int slice = lane / 8; slice < slices; slice += 4) sum += partials[static_cast<long long>(slice) * count + i];
+    }
+    sum += __shfl_xor_sync(~0u, sum, 8);
+    sum += __shfl_xor_sync(~0u, sum, 16);
+    const int entry = i % ENTRIES, row = entry / COLUMN_DIFFERENCES, column = entry % COLUMN_DIFFERENCES;
+    if (i < count && lane < 8)
+      drpb[static_cast<long long>(i / ENTRIES) * s.head + row * s.axis[0] + column * s.axis[1]] =
+          narrow<BiasElement>(sum);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     marching_keys(const Element* __restrict__ d_out,    // [batch, x0, x1, heads, HEAD_DIM_V]
                   const Element* __restrict__ q,        // [batch, x0, x1, heads, HEAD_DIM]
@@ -127,14 +151,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                   const BiasElement* __restrict__ rpb,  // [heads, 2 k0 - 1, 2 k1 - 1]
                   Element* __restrict__ dk,             // [batch, x0, x1, heads, HEAD_DIM], or null
                   Element* __restrict__ dv,             // [batch, x0, x1, heads, HEAD_DIM_V], or null
+                  BiasElement* __restrict__ drpb,       // [heads, 2 k0 - 1, 2 k1 - 1], or null
+                  const float* __restrict__ drpb_partials,  // [slices, heads, 2 k0 - 1, 2 k1 - 1]
                   float scale, const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Sizes& sizes = params.sizes;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), its_lane = threadIdx.x % 32, lane = its_lane;
   const int first_head = blockIdx.x % sizes.head_groups * HEADS, slice = blockIdx.x / sizes.head_groups;
-  const long long items = static_cast<long long>(sizes.batch) * DILATION_0 * DILATION_1 * sizes.strips * sizes.bands;
-  const int begin = static_cast<int>(items * slice / sizes.slices);
-  const int end = static_cast<int>(items * (slice + 1) / sizes.slices);
+  const Interval share = share_of(sizes, slice);
   const unsigned base = shared_address(shared);
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
@@ -146,7 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const Source values{v, params.v, 1};
     const Sources from{{q, params.q, 1}, {d_out, params.d_out, 1}, {k, params.k, 1}, values, values,
                        scalars, nullptr, nullptr, params.v, params.v};
-    produce(base, barriers, from, sizes, first_head, begin, end, warp - CONSUMERS, lane);
+    produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, lane);
+    if (drpb != nullptr && warp == CONSUMERS)
+      sum_bias(drpb, drpb_partials, params.drpb, sizes.head_groups * HEADS, params.slices, lane);
     return;
   }
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
@@ -165,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   Turn<RING> ready, held;  // the next stage to wait for; the first that is not given back
   Turn<OWN_RING> turn;
 #pragma unroll 1
-  for (int item = begin; item < end; item = place.next) {
-    const Run run(sizes, item, end);
+  for (int item = share.start; item < share.end; item = place.next) {
+    const Run run(sizes, item, share.end);
     __syncwarp();
     if (lane == 0) place.last = run.last, place.next = run.next;
     __syncwarp();

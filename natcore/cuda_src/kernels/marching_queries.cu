@@ -6,7 +6,7 @@
 //   S^T = K Q^T, dP^T = V dO^T - delta, P = exp(S - lse), dS = P dP, dQ^T += K^T dS^T
 //
 // delta = dO . O comes from O, which comes with the queries. {lse, d_lse - delta} are written for marching_keys.cu, which makes dk and dv. dS is summed for drpb in
-// registers (common/strip_sums.cuh), then over warps, then over blocks by bias_from_partials: all in a fixed order.
+// registers (common/strip_sums.cuh), then over warps, then over blocks by marching_keys.cu: all in a fixed order.
 //
 // Shared memory (NAT-Tiny, 56x56, strips of 56 columns with one head, two blocks an SM, RING 5): rings of K and V,
 // RING * BAND rows of COLUMNS tokens of HEADS heads, 70 KB; OWN_RING bands of Q, dO and O, 21 KB, and of lse; a stage for each warp,
@@ -131,9 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const Sizes& sizes = params.sizes;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), its_lane = threadIdx.x % 32, lane = its_lane;
   const int first_head = blockIdx.x % sizes.head_groups * HEADS, slice = blockIdx.x / sizes.head_groups;
-  const long long items = static_cast<long long>(sizes.batch) * DILATION_0 * DILATION_1 * sizes.strips * sizes.bands;
-  const int begin = static_cast<int>(items * slice / sizes.slices);
-  const int end = static_cast<int>(items * (slice + 1) / sizes.slices);
+  const Interval share = share_of(sizes, slice);
   const unsigned base = shared_address(shared);
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
@@ -145,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   if (warp >= CONSUMERS) {
     const Sources from{{k, params.k, sizes.heads_per_kv}, {v, params.v, sizes.heads_per_kv}, {q, params.q, 1},
                        {d_out, params.d_out, 1}, {out, params.out, 1}, nullptr, lse, d_lse, params.lse, params.d_lse};
-    produce(base, barriers, from, sizes, first_head, begin, end, warp - CONSUMERS, lane);
+    produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, lane);
     return;
   }
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
@@ -171,8 +169,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   Turn<RING> ready, held;  // the next stage to wait for; the first that is not given back
   Turn<OWN_RING> turn;
 #pragma unroll 1
-  for (int item = begin; item < end; item = place.next) {
-    const Run run(sizes, item, end);
+  for (int item = share.start; item < share.end; item = place.next) {
+    const Run run(sizes, item, share.end);
     __syncwarp();
     if (lane == 0) place.last = run.last, place.next = run.next;
     __syncwarp();
