@@ -17,21 +17,24 @@ from natcore.planning import (
     DeviceFacts,
     banded_cost,
     candidates,
+    marching,
     marching_cost,
     plan_for,
     tiled,
     tiling_cost,
 )
+from natcore.planning.marching_geometry import Pass
 from natcore.planning.tiling import Geometry as TiledGeometry
 from natcore.problem import Call
 
-Priced = tuple[float, Any]  # the cost model's price (clocks) of a geometry
+Cut = tuple[Any, ...]  # how the map is cut: a geometry for each of a candidate's passes
+Priced = tuple[float, Cut]  # the cost model's price (clocks) of it
 
 #: Of the configs drawn at random: how much dearer than the cheapest one they may be.
 DEAREST = 2.0
 
 
-def chosen_geometry(call: Call, facts: DeviceFacts, candidate: Candidate | None = None) -> Any:
+def chosen_cut(call: Call, facts: DeviceFacts, candidate: Candidate | None = None) -> Cut:
     """How the map of a call is cut by a candidate with geometries, by default the preferred one. KeyError for the
     general kernels."""
     return _CHOSEN[(candidate or candidates(call, facts)[0]).name](call, facts)
@@ -43,7 +46,7 @@ def spelled_out(call: Call, facts: DeviceFacts, candidate: Candidate | None = No
     candidate = candidate or candidates(call, facts)[0]
     if candidate.name not in _CHOSEN:
         return Config(candidate.name)
-    return _config(candidate, chosen_geometry(call, facts, candidate))
+    return _config(candidate, chosen_cut(call, facts, candidate))
 
 
 def alternatives(call: Call, facts: DeviceFacts, cheapest: int, drawn: int, seed: int = 0) -> list[Config]:
@@ -55,13 +58,13 @@ def alternatives(call: Call, facts: DeviceFacts, cheapest: int, drawn: int, seed
     if preferred.name not in _PRICED:
         return rest
     priced = sorted(_PRICED[preferred.name](call, facts), key=lambda entry: entry[0])
-    best: dict[tuple, Any] = {}  # of each cut of the map
-    for _, geometry in priced:
-        best.setdefault(_cut(geometry), geometry)
+    best: dict[tuple, Cut] = {}  # of each shape
+    for _, cut in priced:
+        best.setdefault(_shape(cut), cut)
     own = spelled_out(call, facts)
-    first = [_config(preferred, g) for g in best.values()]
+    first = [_config(preferred, cut) for cut in best.values()]
     first = [config for config in first if config != own][:cheapest]
-    near = [_config(preferred, g) for price, g in priced if price <= DEAREST * priced[0][0]]
+    near = [_config(preferred, cut) for price, cut in priced if price <= DEAREST * priced[0][0]]
     near = [config for config in near if config != own and config not in first]
     return first + random.Random(seed).sample(near, min(drawn, len(near))) + rest
 
@@ -84,9 +87,14 @@ def compiled(
     return able
 
 
-def _config(candidate: Candidate, geometry: Any) -> Config:
-    """The options of a candidate by which it makes this geometry."""
-    return Config(candidate.name, tuple((name, _value(geometry, name)) for name in candidate.options))
+def _config(candidate: Candidate, cut: Cut) -> Config:
+    """The options of a candidate by which it cuts the map so."""
+    options = []
+    for geometry in cut:
+        prefix = marching.KEYS if getattr(geometry, "of", "") == "keys" else ""
+        its = (name for name in candidate.options if name.startswith(marching.KEYS) == bool(prefix))
+        options += [(name, _value(geometry, name.removeprefix(prefix))) for name in its]
+    return Config(candidate.name, tuple(options))
 
 
 def _value(geometry: Any, option: str) -> int:
@@ -97,8 +105,9 @@ def _value(geometry: Any, option: str) -> int:
     return int(getattr(geometry, option))
 
 
-def _cut(geometry: Any) -> tuple:
-    return tuple(getattr(geometry, name, None) for name in ("region", "order", "tile", "band", "tiles", "heads"))
+def _shape(cut: Cut) -> tuple:
+    names = ("region", "order", "tile", "band", "tiles", "heads")
+    return tuple(getattr(geometry, name, None) for geometry in cut for name in names)
 
 
 def _tiled(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
@@ -116,18 +125,27 @@ def _tiled(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
                 continue
             for g in tiling_cost.with_warps(TiledGeometry.of(p, order, tile, region)):
                 if g.shared_bytes <= limit and tiling_cost.is_legal(g):
-                    yield tiling_cost.cost(g, limit, facts.multiprocessors), g
+                    yield tiling_cost.cost(g, limit, facts.multiprocessors), (g,)
 
 
 def _banded(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
     for g in banded_cost._geometries(call.problem, {}):
         if g.shared_bytes <= facts.shared_bytes_per_block:
-            yield banded_cost.cost(g, facts), g
+            yield banded_cost.cost(g, facts), (g,)
 
 
 def _marching(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
-    for g in marching_cost.geometries(call.problem, facts, {}):
-        yield marching_cost.cost(g, facts), g
+    """Of the backward, one pass varies while the other is the planner's."""
+    chosen = _chosen_marching(call, facts)
+    prices = [marching_cost.cost(g, facts) for g in chosen]
+    for i, its in enumerate(chosen):
+        for g in marching_cost.geometries(call.problem, facts, {}, its.of):
+            yield sum(prices) - prices[i] + marching_cost.cost(g, facts), (*chosen[:i], g, *chosen[i + 1 :])
+
+
+def _chosen_marching(call: Call, facts: DeviceFacts) -> Cut:
+    passes: tuple[Pass, ...] = ("forward",) if call.direction == "forward" else ("queries", "keys")
+    return tuple(marching_cost.choose_geometry(call.problem, facts, {}, of) for of in passes)
 
 
 _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
@@ -135,8 +153,8 @@ _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
     "marching": _marching,
     "banded": _banded,
 }
-_CHOSEN: dict[str, Callable[[Call, DeviceFacts], Any]] = {
-    "tiled": lambda call, facts: tiled.configured(call, facts, {}),
-    "marching": lambda call, facts: marching_cost.choose_geometry(call.problem, facts, {}),
-    "banded": lambda call, facts: banded_cost.choose_geometry(call.problem, facts, {}),
+_CHOSEN: dict[str, Callable[[Call, DeviceFacts], Cut]] = {
+    "tiled": lambda call, facts: (tiled.configured(call, facts, {}),),
+    "marching": _chosen_marching,
+    "banded": lambda call, facts: (banded_cost.choose_geometry(call.problem, facts, {}),),
 }

@@ -1,6 +1,6 @@
-"""The tensor core backward kernel against the reference: ugly cases, geometries, random problems, determinism.
+"""The banded backward kernel against the reference: ugly cases, geometries, random problems, determinism.
 
-The geometry tests need no GPU.
+The geometry tests need no GPU. tests/test_marching_backward.py has the kernels that are preferred on wide maps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from natcore.backends import prepare
-from natcore.planning import Config, facts_for_arch, operands, plan_for
+from natcore.planning import Config, facts_for_arch, marching, operands, plan_for, refusal
 from natcore.planning.banded_cost import choose_geometry
 from natcore.planning.banded_geometry import Columns, intervals
 from natcore.planning.listed import contiguous_call
@@ -113,10 +113,15 @@ def assert_columns(c: Columns, found: list, length: int, group: int, region: int
 
 
 def test_planner_prefers_it() -> None:
-    """The banded kernel takes what it can; the general kernels take the rest."""
-    call = contiguous_call("backward", problem_for(MORE[0], "float16"))
-    names = [launch.kernel.name for launch in plan_for(call, FACTS).launches]
-    assert names == ["banded_backward", "bias_from_partials"]
+    """The banded kernel takes what the marching ones refuse, as far as it can; the general kernels take the rest."""
+    for case in ABLE + MORE:
+        call = contiguous_call("backward", problem_for(case, "float16"))
+        marches = refusal(marching.CANDIDATE, call, FACTS) is None
+        wide = case.rank == 2 and case.spatial[1] // case.window.dilation[1] >= marching.LEAST_COLUMNS
+        assert wide or not marches, case.name
+        names = [launch.kernel.name for launch in plan_for(call, FACTS).launches]
+        first = ["marching_queries", "marching_keys"] if marches else ["banded_backward"]
+        assert names == first + ["bias_from_partials"] * (case.rpb is not None), case.name
     other = replace(call, problem=replace(call.problem, dtype="float32"))
     assert plan_for(other, FACTS).launches[0].kernel.name.startswith("general")
     with pytest.raises(NotImplementedError, match="float16 and bfloat16"):
@@ -124,11 +129,11 @@ def test_planner_prefers_it() -> None:
 
 
 def test_workspace_is_small() -> None:
-    """At most one tensor of q's size plus 16 MiB; here, the partial sums of drpb only."""
+    """The partial sums of drpb, and nothing else."""
     for spatial, heads in (((56, 56), 2), ((7, 7), 16)):
         case = Case("stage", spatial, 7, heads=heads, heads_kv=heads, batch=128, **WIDE)
-        plan = plan_for(contiguous_call("backward", problem_for(case, "float16")), FACTS)
-        assert plan.workspace_bytes <= 4 << 20
+        plan = plan_for(contiguous_call("backward", problem_for(case, "float16")), FACTS, Config("banded"))
+        assert 0 < plan.workspace_bytes <= 4 << 20
 
 
 # ---- on a GPU ----
@@ -189,9 +194,21 @@ class Run:
         stream = torch.cuda.current_stream().cuda_stream
         self.executable(self.pointers, self.scale, stream, self.workspace.data_ptr())
 
-    def check(self) -> None:
+    def check(self, saved_out: bool = False) -> None:
         actual = {n: t.float().cpu().numpy() for n, t in self.results.items()}
-        check(self.case, self.dtype, self.arrays, actual)
+        check(self.case, self.dtype, self.arrays, actual, saved_out)
+
+    def repeat(self, times: int) -> None:
+        """Equal results to the bit, run after run."""
+        import torch
+
+        self()
+        first = {n: t.clone() for n, t in self.results.items()}
+        for _ in range(times):
+            for t in self.results.values():
+                t.fill_(float("nan"))
+            self()
+            assert all(torch.equal(t, first[n]) for n, t in self.results.items())
 
 
 @pytest.mark.gpu
@@ -223,13 +240,4 @@ def test_random_problems(case: Case, dtype: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [MORE[0], MORE[1], MORE[4]], ids=lambda case: case.name)
 def test_bitwise_equal_over_1000_runs(case: Case) -> None:
-    import torch
-
-    run = Run(case, "bfloat16", Config("banded"))
-    run()
-    first = {n: t.clone() for n, t in run.results.items()}
-    for _ in range(1000):
-        for t in run.results.values():
-            t.fill_(float("nan"))
-        run()
-        assert all(torch.equal(t, first[n]) for n, t in run.results.items())
+    Run(case, "bfloat16", Config("banded")).repeat(1000)
