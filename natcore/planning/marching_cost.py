@@ -114,6 +114,7 @@ def max_warps(g: Geometry, facts: DeviceFacts) -> int:
         )
     else:
         needed = 40 + g.groups * (6 * d + 6 * v + 8) + 8 * max(d, v)
+        needed += 10 * (max(g.problem.window.dilation) > 1)
     of_arch, elsewhere = MORE_REGISTERS
     needed *= of_arch.get(capability(facts.arch), elsewhere)
     return next((warps for warps, registers in REGISTERS if needed <= registers), 4)

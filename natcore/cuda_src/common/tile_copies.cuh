@@ -9,7 +9,7 @@ template <int D>
 __device__ __forceinline__ void load_span(unsigned shared, const Element* base, const Layout& s, const Region& region) {
   constexpr int CHUNKS = D / 8, ITEMS = SPAN_2 * CHUNKS, PITCH = Rows<D>::PITCH;
   constexpr bool REGULAR = 32 % CHUNKS == 0 && 32 / CHUNKS % 8 == 0;  // each lane keeps its place modulo 8
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int length = region.length[2] - region.key[2];
   base += static_cast<long long>(lane / CHUNKS) * s.step[2] + lane % CHUNKS * 8;
 #pragma unroll 1

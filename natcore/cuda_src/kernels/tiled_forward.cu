@@ -198,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   extern __shared__ __align__(128) unsigned char shared[];
   float* tables = reinterpret_cast<float*>(shared + STAGES * SPAN);
   Tile* tiles = reinterpret_cast<Tile*>(tables + TABLES);
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   unsigned char* stages = shared + STAGES * SPAN + (TABLES * sizeof(float) + TILES * sizeof(Tile) + 127) / 128 * 128 +
                           warp * 2 * STAGE;  // one for the tile at hand, one for the next one's Q
   const Region region(params.sizes, blockIdx.x);
