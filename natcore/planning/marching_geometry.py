@@ -6,13 +6,13 @@ tiles down which a block marches with some heads, and the rings of rows in its s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import ceil
 from typing import Literal
 
 from natcore.planning.banded_geometry import intervals
+from natcore.planning.marching_reach import Reach, reach_of_keys, reach_of_queries, rows_of, up
 from natcore.planning.plan import DeviceFacts
 from natcore.planning.tiling import Axis
 from natcore.problem import Problem
@@ -33,119 +33,9 @@ def axes_of(problem: Problem) -> tuple[Axis, Axis]:
     return rows, columns
 
 
-def _up(value: int, multiple: int) -> int:
-    return ceil(value / multiple) * multiple
-
-
 def _odd(size: int) -> int:
     """Bytes of a row, an odd number of 16-byte chunks."""
     return (size // 16 | 1) * 16
-
-
-@lru_cache(maxsize=4096)
-def rows_of(axis: Axis, band: int, shift: int, own_keys: bool) -> tuple[int, int]:
-    """The most rows that a band of own tokens sees, and the most stages of the ring that hold them."""
-    rows = stages = 0
-    for length in axis.lengths:
-        for number in axis.sample(length, band):
-            start = _seen(axis, number * band, length, own_keys)[0]
-            end = _seen(axis, min(number * band + band, length) - 1, length, own_keys)[1]
-            rows = max(rows, end - start)
-            stages = max(stages, (end - 1 + shift) // band - (start + shift) // band + 1)
-    return rows, stages
-
-
-def _seen(axis: Axis, x: int, length: int, own_keys: bool) -> tuple[int, int]:
-    return intervals(axis, length)[1][x] if own_keys else axis.keys(x, length)
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Blocks of columns around groups of own tokens, and what they need of shared memory and of the bias table."""
-
-    left: int  # columns left of a group that its first block starts at
-    blocks: int  # of a group
-    edge_blocks: int  # of a tile of keys near a border, for all of its groups
-    pad: int  # columns of shared memory left of a strip of several
-    columns: int  # of shared memory
-    least: int  # the least and the greatest difference of columns, seen - own, that a block holds
-    greatest: int
-
-
-@lru_cache(maxsize=4096)
-def reach_of_queries(axis: Axis, group: int, block: int, groups: int, tiles: int) -> Reach:
-    left, blocks = columns_of(axis, group, block, groups, tiles)
-    strip, width = group * groups * tiles, axis.lengths[0]
-    columns = width
-    if width > strip:
-        last = strip - group  # the last group's first column, from the strip's
-        columns = (max(last, left) if groups == 1 else last) + blocks * block
-    least = 1 - group - (left if groups > 1 else blocks * block - 1)
-    return Reach(left, blocks, 0, left, columns, least, blocks * block - 1 - (left if groups > 1 else 0))
-
-
-@lru_cache(maxsize=4096)
-def reach_of_keys(axis: Axis, group: int, block: int, groups: int, tiles: int) -> Reach:
-    """Away from borders the queries around a group of keys lie as the keys around a group of queries do, mirrored."""
-    left = 0 if axis.causal else axis.kernel - 1 - axis.kernel // 2
-    blocks = ceil((group + axis.kernel - 1) / block)
-    tile, strip, width = group * groups, group * groups * tiles, axis.lengths[0]
-    regular = ((groups - 1) * group // block + blocks) * block
-    margin = 0 if axis.causal else axis.kernel
-    found = []  # of clamped tiles: first column, the strip's, and the columns that see its keys
-    pad, right = left, (tiles - 1) * tile - left + regular
-    for length in axis.lengths:
-        seen = intervals(axis, length)[1]
-        for number in axis.sample(_up(length, strip), tile):
-            start = min(number // tiles * strip, max(length - strip, 0))
-            x = start + min(number % tiles * tile, max(min(strip, length) - tile, 0))
-            first = x - left
-            if axis.stride > 1 or x < max(margin, left) or x + tile > length - margin or first + regular > length:
-                found.append((x, start, seen[x][0], seen[min(x + tile, length) - 1][1]))
-    edge = max((ceil((end - first) / block) for _, _, first, end in found), default=0)
-    least, greatest = 1 - group - left, blocks * block - 1 - left
-    padded, columns = width > strip, max(width, edge * block)
-    for x, start, first, _ in found:
-        first = first if padded else min(first, columns - edge * block)
-        pad, right = max(pad, start - first), max(right, first + edge * block - start)
-        least, greatest = min(least, first - x - tile + 1), max(greatest, first + edge * block - 1 - x)
-    return Reach(left, blocks, edge, pad, pad + right if padded else columns, least, greatest)
-
-
-@lru_cache(maxsize=4096)
-def columns_of(axis: Axis, group: int, block: int, groups: int, tiles: int) -> tuple[int, int]:
-    """How many columns left of a group of so many its first block starts, and its blocks: the fewest.
-
-    The blocks of a tile of one group stay inside the map.
-    """
-    found = list(_groups(axis, group, groups, tiles))
-    blocks = 1
-    while True:
-        for left in sorted({x - start for x, start, _, _ in found}):
-            for x, start, end, length in found:
-                first = x - left
-                if groups == 1:
-                    first = max(min(first, length - blocks * block), 0)
-                if start < first or first + blocks * block < end:
-                    break
-            else:
-                return left, blocks
-        blocks += 1
-
-
-def _groups(axis: Axis, group: int, groups: int, tiles: int) -> Iterator[tuple[int, int, int, int]]:
-    """First columns of groups, the columns that they see and the map's, among which every pattern occurs."""
-    tile = group * groups
-    strip = tile * tiles
-    for length in axis.lengths:
-        for number in axis.sample(_up(length, strip), tile):
-            if length <= strip:
-                first = min(number * tile, max(length - tile, 0))
-            else:
-                first = min(number // tiles * strip, length - strip) + number % tiles * tile
-            for x in range(first, min(first + tile, length), group):
-                last = min(x + group, length) - 1
-                yield x, axis.keys(x, length)[0], axis.keys(last, length)[1], length
 
 
 @dataclass(frozen=True)
@@ -275,7 +165,7 @@ class Geometry:
     @property
     def steps(self) -> tuple[int, int]:
         """Of 16 elements: of a head, and of one of v."""
-        return _up(self.problem.head_dim, 16) // 16, _up(self.problem.head_dim_v, 16) // 16
+        return up(self.problem.head_dim, 16) // 16, up(self.problem.head_dim_v, 16) // 16
 
     @property
     def shared_bytes(self) -> int:
@@ -287,11 +177,11 @@ class Geometry:
         total = 0
         for token in (self.heads * s * 32 for s in steps):
             permuted = self.block_columns * token % 128 == 0
-            pitch = _up(reach.columns * token, 128) if permuted else _odd(reach.columns * token)
-            total += _up(self.ring * self.band * pitch, 128) + 2 * _up(margin * token, 128)
+            pitch = up(reach.columns * token, 128) if permuted else _odd(reach.columns * token)
+            total += up(self.ring * self.band * pitch, 128) + 2 * up(margin * token, 128)
         own = {"forward": steps[:1], "queries": (*steps, steps[1]), "keys": steps}[self.of]
         for s in own:
-            total += self.own_ring * self.band * _up(self.strip * self.heads * s * 32, 128)
+            total += self.own_ring * self.band * up(self.strip * self.heads * s * 32, 128)
         stage = {"forward": steps[1], "queries": steps[0], "keys": max(steps)}[self.of]
         chunks = 2 * stage  # of a row of the stage, see common/shared_rows.cuh
         staged = 1 if self.own_keys else self.groups
@@ -304,7 +194,7 @@ class Geometry:
         if self.of == "queries" and p.rpb_dtype is not None:
             total += self.consumers * self.entries * 4
         kept = {"forward": 0, "queries": 32 + 32 * 16, "keys": 32 + 32 * 4}[self.of]
-        return _up(total, 16) + kept * self.consumers + 16 * (self.ring + self.own_ring)
+        return up(total, 16) + kept * self.consumers + 16 * (self.ring + self.own_ring)
 
     @property
     def entries(self) -> int:
