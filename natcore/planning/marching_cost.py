@@ -2,8 +2,9 @@
 
 Cost model. A block's bands are its share of all bands, and one more where it starts in the middle of a strip. In a
 step each of its warps works on one tile of a band: tile + unit * units clocks of a multiprocessor that has its share
-of warps, where a unit is one m16n8 tile of scores at head_dim 32; few warps hide less. Rows wait for copies where
-the ring has no stage to spare or one producer has to bring them all. Fitted to times of 7x7 windows on an H200.
+of warps, where a unit is one m16n8 tile of scores at head_dim 32; few warps hide less, and many in one block wait for
+each other. Rows wait for copies where the ring has no stage to spare or one producer has to bring them all. Fitted to
+times of 7x7 windows on an H200.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ class Rates(NamedTuple):
     spare: float  # of a step, over the stages to spare
     alone: float  # of a step, over the square of the number of producers
     start: float  # before the first band
+    coupled: float  # of a step, over the warps of a block, which wait for each other's rows
 
 
-#: Fitted to 268, 75 and 112 measured times, with errors of 8 %, 4 % and 7 %.
+#: Fitted to 268, 56 and 112 measured times, with errors of 8 %, 4 % and 7 %.
 RATES: dict[Pass, Rates] = {
-    "forward": Rates(108.0, 13.2, 4.3, 14.0, 0.03, 0.2, 12000.0),
-    "queries": Rates(75.7, 10.9, 13.4, 4.3, 0.06, 0.39, 27700.0),
-    "keys": Rates(170.0, 16.5, 3.3, 21.9, 0.02, 0.4, 39200.0),
+    "forward": Rates(108.0, 13.2, 4.3, 14.0, 0.03, 0.2, 12000.0, 0.0),
+    "queries": Rates(55.8, 10.2, 17.3, 19.5, 0.004, 0.25, 23600.0, 0.014),
+    "keys": Rates(147.0, 16.7, 2.95, 22.2, 0.012, 0.19, 42100.0, 0.013),
 }
 MOST_TILES, MOST_STAGES = 15, 8  # of a block; of a ring
 MORE_REGISTERS = {90: 1.0, 100: 1.65}, 1.35  # what compilers take, of those counted, without spills; elsewhere
@@ -114,7 +116,8 @@ def max_warps(g: Geometry, facts: DeviceFacts) -> int:
         )
     else:
         needed = 40 + g.groups * (6 * d + 6 * v + 8) + 8 * max(d, v)
-        needed += 10 * (max(g.problem.window.dilation) > 1)
+    if g.of != "forward" and max(g.problem.window.dilation) > 1:
+        needed += 10
     of_arch, elsewhere = MORE_REGISTERS
     needed *= of_arch.get(capability(facts.arch), elsewhere)
     return next((warps for warps, registers in REGISTERS if needed <= registers), 4)
@@ -133,4 +136,5 @@ def cost(g: Geometry, facts: DeviceFacts) -> float:
     rows = g.band * g.reach.columns * g.heads * width
     step = max(g.consumers * tile * (1 + rates.few / warps), rows * rates.column) * g.blocks_per_sm
     waits = (1 + rates.spare / (g.ring - g.rows[1] + g.own_keys)) * (1 + rates.alone / producers**2)
+    waits *= 1 + rates.coupled * g.consumers
     return rates.start + bands * step * waits
