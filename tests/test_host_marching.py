@@ -125,15 +125,15 @@ def test_older_architecture(dtype: str, folder: Path) -> None:
 DEFECTS = {
     "nobody waits for queries": (
         "kernels/marching_forward.cu",
-        "mbarrier_wait(barriers.queries_full(turn.slot), turn.phase);",
+        "mbarrier_wait(barriers.own_full(turn.slot), turn.phase);",
         ";",
         "not finite",
         host.Order.LATE,
     ),
     "arrivals before copies": (
         "common/strip_loads.cuh",
-        "cp_async_arrive(barriers.queries_full(band_turn.slot))",
-        "mbarrier_arrive(barriers.queries_full(band_turn.slot))",
+        "cp_async_arrive(barriers.own_full(band_turn.slot))",
+        "mbarrier_arrive(barriers.own_full(band_turn.slot))",
         "not finite",
         host.Order.LATE,
     ),
@@ -159,7 +159,7 @@ DEFECTS = {
         2,
     ),
     "a lane stays away": (
-        "common/strip_products.cuh",
+        "common/strip_tile.cuh",
         "movmatrix_transposed(pack<Element>(c[2 * h], c[2 * h + 1]))",
         "threadIdx.x % 32 == 7 ? 0 : movmatrix_transposed(pack<Element>(c[2 * h], c[2 * h + 1]))",
         "lanes of the warp in movmatrix",

@@ -27,6 +27,7 @@ from natcore.planning.plan import capability
 
 HERE = Path(__file__).parent
 CONFIG = Config("general", (("lanes", 1), ("threads", 1)))
+_SUFFIXES = (".cc", ".cu", ".cuh", ".h")
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
@@ -42,13 +43,16 @@ class Order(IntEnum):
 
 
 def build(source: str, folder: Path, defines: Mapping[str, str], sources: Path = SOURCES) -> ctypes.CDLL:
-    """The shared library of a source in this folder, compiled with these defines, once per folder."""
+    """The shared library of a source in this folder, compiled with these defines, once for what the sources say."""
     assert COMPILER is not None
     flags = [f"-D{name}={value}" for name, value in sorted(defines.items())]
-    target = folder / (hashlib.sha256(repr((source, flags, sources)).encode()).hexdigest()[:16] + ".so")
+    key = hashlib.sha256(repr((source, flags)).encode())
+    for file in sorted(path for root in (HERE, sources) for path in root.rglob("*") if path.suffix in _SUFFIXES):
+        key.update(file.read_bytes())
+    target = folder / f"{key.hexdigest()[:16]}.so"
     if not target.exists():
         # longjmp between stacks is no error, and elements lie in words of other types.
-        options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]
+        options = ["-std=c++17", "-Og", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]
         command = [COMPILER, *options, f"-I{HERE}", f"-I{sources}", *flags, str(HERE / source), "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[:4000]
