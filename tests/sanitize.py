@@ -2,12 +2,12 @@
 
     python3 -m tests.sanitize --out runs/sanitizer
 
-Every case of tests/test_fast_forward.py and tests/test_fast_backward.py runs through each tensor core kernel that
-takes it, and one of them under other configs, too. Cases run without a framework, on memory of the driver's own:
-inputs are copied in, results are filled with NaN, and the workspace is left as it comes, so that initcheck sees
-whoever reads what nobody wrote. Only natcore's tensor core kernels are instrumented. Results are checked against
-the reference, too. Two more processes have a planted fault each (an allocation too short, an input never written):
-the tools must report them.
+Every case of tests/test_fast_forward.py and tests/test_fast_backward.py, and some of tests/test_marching_backward.py,
+runs through each tensor core kernel that takes it, and one of them under other configs, too. Cases run without a
+framework, on memory of the driver's own: inputs are copied in, results are filled with NaN, and the workspace is left
+as it comes, so that initcheck sees whoever reads what nobody wrote. Only natcore's tensor core kernels are
+instrumented. Results are checked against the reference, too. Two more processes have a planted fault each (an
+allocation too short, an input never written): the tools must report them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from natcore.planning import CANDIDATES, Config, DeviceFacts, candidates, plan_f
 from natcore.planning.listed import contiguous_call
 from natcore.problem import OPERANDS, RESULTS, Call, Direction, Problem, call_of
 from natcore.views import Device, View, contiguous_strides
-from tests import test_fast_backward, test_fast_forward
+from tests import test_fast_backward, test_fast_forward, test_marching_backward
 from tests.cases import Case, check, expected, inputs, numpy_dtype
 
 TOOLS = {
@@ -55,7 +55,7 @@ FAULTS = {"memcheck": "short", "initcheck": "unwritten"}  # planted, to see that
 _NUMBERS = count()  # of processes: each gets ports of its own
 CASES_OF = {
     "forward": test_fast_forward.ABLE + test_fast_forward.MORE,
-    "backward": test_fast_backward.ABLE + test_fast_backward.MORE,
+    "backward": test_fast_backward.ABLE + test_fast_backward.MORE + test_marching_backward.UNEVEN,
 }
 
 
@@ -157,7 +157,8 @@ def _run(job: Job, fault: str | None, memory: Memory) -> None:
     scale = problem.default_scale if case.scale is None else case.scale
     executable([views[n].ptr if n in views else 0 for n in OPERANDS[job.direction]], scale, 0, workspace)
     checked(driver().cuCtxSynchronize(), "cuCtxSynchronize")
-    check(case, job.dtype, host, {n: _read(views[n]) for n in RESULTS[job.direction] if n in views})
+    results = {n: _read(views[n]) for n in RESULTS[job.direction] if n in views}
+    check(case, job.dtype, host, results, saved_out=job.direction == "backward")
 
 
 def _packed(host: dict[str, np.ndarray], views: dict[str, View], memory: Memory) -> dict[str, View]:

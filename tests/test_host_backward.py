@@ -1,0 +1,254 @@
+"""The marching backward's own sources, run on the host lane by lane (see tests/host), against the reference."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from natcore.compiling import SOURCES
+from natcore.planning import DeviceFacts, Plan, plan_for
+from natcore.problem import OPERANDS, RESULTS, call_of, problem_of
+from tests import host
+from tests.cases import Case, check, expected, inputs, numpy_dtype
+from tests.test_general_kernels import poisoned, view
+from tests.test_host_marching import FACTS, FEW, OLDER, aligned
+from tests.test_marching_backward import CASES, OPTIONS, configured
+
+pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
+BLOCK = Case("nat_block", (12, 17), 7, batch=2, head_dim=32, head_dim_v=32, **FEW)
+OWN = [
+    BLOCK,
+    Case("strips", (9, 38), 7, head_dim=16, head_dim_v=32, rpb="same"),
+    Case("no_bias", (11, 19), (5, 3), head_dim=24, head_dim_v=8),
+]
+NAMES = ["ragged_dilation", "even_kernel", "causal_rows_strides", "kernel_is_extent", "outliers", "scale_negative"]
+BY_NAME = {case.name: case for case in [*CASES, *OWN]}
+# Options that cut a map otherwise than the planner would.
+OTHERS = [("strips", "two tiles"), ("no_bias", "tall blocks"), ("causal_columns", "eight rows a band")]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("host_backward")
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def prepared(case: Case, dtype: str, absent: tuple[str, ...] = ()) -> tuple[Arrays, Arrays]:
+    """Operands of the backward but those ``absent``, and its results, all NaN."""
+    arrays = {n: x if case.packed and n in "qkv" else aligned(x) for n, x in inputs(case, dtype).items()}
+    if "d_lse" in absent:
+        arrays["d_lse"][...] = 0
+    forward = expected(case, arrays)
+    arrays |= {"out": aligned(forward["out"].astype(numpy_dtype(dtype)))}
+    arrays |= {"lse": aligned(forward["lse"].astype(np.float32))}
+    problem = problem_of(case.window, {n: view(arrays[n]) for n in ("q", "k", "v", "rpb") if n in arrays})
+    wanted = [n for n in RESULTS["backward"] if problem.has(n) and n not in absent]
+    kinds = {n: (problem.shapes[n], numpy_dtype(problem.dtype_of(n))) for n in wanted}
+    return arrays, {n: aligned(poisoned(*kind, False)) for n, kind in kinds.items()}
+
+
+def planned(
+    case: Case, arrays: Arrays, options: dict[str, int], facts: DeviceFacts, absent: tuple[str, ...] = ()
+) -> Plan:
+    views = {n: view(arrays[n]) for n in OPERANDS["backward"] if n in arrays and n not in absent}
+    call = call_of("backward", problem_of(case.window, views), views)
+    return plan_for(call, facts, configured(case, options, facts))
+
+
+def execute(case: Case, plan: Plan, arrays: Arrays, folder: Path, absent: tuple[str, ...] = (), **how) -> None:
+    present = {n: x for n, x in arrays.items() if n not in absent}
+    pointers = [present[n].ctypes.data if n in present else 0 for n in OPERANDS["backward"]]
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    workspace = host.aligned_bytes(plan.workspace_bytes)
+    host.run_blocks(plan, pointers, scale, workspace.ctypes.data, folder, **how)
+
+
+def judge(
+    case: Case,
+    dtype: str,
+    folder: Path,
+    options: dict[str, int] | None = None,
+    facts: DeviceFacts = FACTS,
+    absent: tuple[str, ...] = (),
+    change: Callable[[Plan], Plan] = lambda plan: plan,
+    **how,
+) -> Arrays:
+    """Runs a case, checks it and returns its results; ``how`` is for `run_blocks`."""
+    arrays, results = prepared(case, dtype, absent)
+    plan = change(planned(case, arrays | results, options or {}, facts, absent))
+    execute(case, plan, arrays | results, folder, absent, **how)
+    check(case, dtype, arrays, results, saved_out=True)
+    return results
+
+
+@pytest.mark.parametrize("name", [*NAMES, *(case.name for case in OWN)])
+def test_cases(name: str, folder: Path) -> None:
+    judge(BY_NAME[name], "float16", folder)
+
+
+@pytest.mark.parametrize(("name", "options"), OTHERS)
+def test_other_geometries(name: str, options: str, folder: Path) -> None:
+    judge(BY_NAME[name], "bfloat16", folder, OPTIONS[options])
+
+
+@pytest.mark.parametrize("absent", [("d_lse",), ("dk",), ("dv", "drpb"), ("dq", "drpb"), ("dq", "dk", "dv")])
+def test_what_may_be_absent(absent: tuple[str, ...], folder: Path) -> None:
+    results = judge(BLOCK, "float16", folder, absent=absent)
+    assert set(results) == {"dq", "dk", "dv", "drpb"} - set(absent)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_other_shares(batch: int, folder: Path) -> None:
+    """Blocks that start in the middle of a strip, or have several."""
+    judge(replace(BLOCK, batch=batch), "float16", folder)
+
+
+@pytest.mark.parametrize("order", [host.Order.EAGER, 2, 3, 4])
+def test_any_order(order: int, folder: Path) -> None:
+    """Whichever thread is first and whenever copies land, the results are the same to the bit."""
+    first, again = judge(BLOCK, "float16", folder), judge(BLOCK, "float16", folder, order=order)
+    for name, result in first.items():
+        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+
+
+def test_older_architecture(folder: Path) -> None:
+    judge(BLOCK, "bfloat16", folder, facts=OLDER)
+
+
+# ---- that defects are noticed ----
+
+TALL = replace(BLOCK, name="tall", spatial=(26, 9), batch=1)
+ODD = replace(BLOCK, name="odd_rows", spatial=(11, 17), batch=1)
+# In which case with which options, in which file, what becomes what, and how it shows in which order.
+DEFECTS = {
+    "nobody waits for queries": (
+        BLOCK,
+        {},
+        "kernels/marching_queries.cu",
+        "mbarrier_wait(barriers.own_full(turn.slot), turn.phase);",
+        ";",
+        "not finite|error",
+        host.Order.LATE,
+    ),
+    "nobody waits for keys": (
+        BLOCK,
+        {},
+        "kernels/marching_keys.cu",
+        "mbarrier_wait(barriers.own_full(turn.slot), turn.phase);",
+        ";",
+        "not finite|error",
+        host.Order.LATE,
+    ),
+    "what lies below the map is not cleared": (
+        ODD,
+        {"own_ring": 6},
+        "common/strip_loads.cuh",
+        "clear_rest<PASS == QUERIES ? 1 : HEAD_DIM_V>",
+        "clear_rest<HEAD_DIM_V>",
+        "drpb: .* not finite",
+        host.Order.LATE,
+    ),
+    "delta with the wrong sign": (
+        BLOCK,
+        {},
+        "kernels/marching_queries.cu",
+        "given[OWN_RING * BAND * SCALARS_ROW / 4]) - delta;",
+        "given[OWN_RING * BAND * SCALARS_ROW / 4]) + delta;",
+        "dq: error",
+        host.Order.LATE,
+    ),
+    "queries below the map weigh as others": (
+        ODD,
+        {},
+        "kernels/marching_queries.cu",
+        "float2 its_scalars{__int_as_float(0x7f800000), 0.f};",
+        "float2 its_scalars{0.f, 0.f};",
+        "drpb: error|drpb.*not finite",
+        host.Order.LATE,
+    ),
+    "sums outlive their band's kind": (
+        BLOCK,
+        {},
+        "common/strip_sums.cuh",
+        "    flush(table, lane);\n    kind",
+        "    kind",
+        "drpb: error",
+        host.Order.LATE,
+    ),
+    "half a slice of drpb": (
+        BLOCK,
+        {},
+        "kernels/marching_keys.cu",
+        "sum += __shfl_xor_sync(~0u, sum, 8);",
+        ";",
+        "drpb: error",
+        host.Order.LATE,
+    ),
+    "queries are overwritten": (
+        TALL,
+        {"ring": 5},
+        "common/strip_loads.cuh",
+        "mbarrier_wait(barriers.empty(stage.slot), stage.phase ^ 1);",
+        ";",
+        "error|not finite|deadlock",
+        host.Order.EAGER,
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
+    case, options, file, text, replacement, error, order = DEFECTS[defect]
+    sources = tmp_path / "cuda_src"
+    shutil.copytree(SOURCES, sources)
+    source = (sources / file).read_text()
+    assert source.count(text) == 1
+    (sources / file).write_text(source.replace(text, replacement))
+    with pytest.raises((host.BlockError, AssertionError), match=error):
+        judge(case, "float16", folder, options, order=order, sources=sources)
+
+
+def doctored(of: int, **defines: int) -> Callable[[Plan], Plan]:
+    """Launch ``of`` of a plan with other defines."""
+
+    def change(plan: Plan) -> Plan:
+        launch = plan.launches[of]
+        others = dict(launch.kernel.defines) | {name: str(value) for name, value in defines.items()}
+        kernel = replace(launch.kernel, defines=tuple(sorted(others.items())))
+        launches = [*plan.launches]
+        launches[of] = replace(launch, kernel=kernel, shared_bytes=max(launch.shared_bytes, 200 << 10))
+        return replace(plan, launches=tuple(launches))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "less", "error"),
+    [(0, "RING", 2, "deadlock"), (1, "RING", 2, "deadlock"), (1, "EDGE_BLOCKS", 1, "dk: error|dv: error")],
+)
+def test_short_plans_are_noticed(of: int, name: str, less: int, error: str, folder: Path) -> None:
+    """Rings shorter than what a band sees, and too few blocks near borders."""
+
+    def change(plan: Plan) -> Plan:
+        defines = dict(plan.launches[of].kernel.defines)
+        return doctored(of, **{name: int(defines[name]) - less})(plan)
+
+    options = {"ring": 5} if name == "RING" else None
+    with pytest.raises((host.BlockError, AssertionError), match=error):
+        judge(BLOCK, "float16", folder, options, change=change)
+
+
+def test_too_little_shared_memory_is_noticed(folder: Path) -> None:
+    def change(plan: Plan) -> Plan:
+        queries, keys = plan.launches
+        return replace(plan, launches=(queries, replace(keys, shared_bytes=keys.shared_bytes - 16)))
+
+    with pytest.raises(host.BlockError, match="bytes of shared memory"):
+        judge(BLOCK, "float16", folder, change=change)
