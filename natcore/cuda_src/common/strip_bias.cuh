@@ -22,7 +22,8 @@ __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rp
 #pragma unroll
   for (int n = 0; n < LOADS; ++n) {
     const int i = threadIdx.x + n * WORKERS;
-    if (i < HEADS * ENTRIES) bias[n] = widen(rpb[head_of(i) * s.head + row_of(i) * s.axis[0] + column_of(i) * s.axis[1]]);
+    if (i < HEADS * ENTRIES)
+      bias[n] = widen(rpb[head_of(i) * s.head + row_of(i) * s.axis[0] + column_of(i) * s.axis[1]]);
   }
 #endif
   for (int i = threadIdx.x; i < HEADS * 2 * TABLE; i += WORKERS) tables[i] = __int_as_float(0xff800000);

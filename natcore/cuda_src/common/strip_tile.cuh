@@ -74,8 +74,8 @@ __device__ __forceinline__ void as_operand(unsigned (&b)[2], const float (&c)[4]
   for (int h = 0; h < 2; ++h) b[h] = movmatrix_transposed(pack<Element>(c[2 * h], c[2 * h + 1]));
 }
 
-// Results of a group, elements of the head x 8 tokens, times `factor` of each of a lane's two tokens, into 8 rows of the
-// warp's stage.
+// Results of a group, elements of the head x 8 tokens, times `factor` of each of a lane's two tokens, into 8 rows of
+// the warp's stage.
 template <int STEPS>
 __device__ __forceinline__ void stage_group(unsigned char* stage, const float (&o)[STEPS][4], const float (&factor)[2],
                                             int lane) {

@@ -22,9 +22,10 @@
 //
 // Rows of seen tokens lie in a ring of RING stages of BAND rows: rows [s BAND - SHIFT, (s + 1) BAND - SHIFT) of the
 // map are the s-th stage, so that what most bands see starts where a stage starts. Own tokens have a ring of OWN_RING
-// bands. A token has two vectors: of HEAD_DIM elements (d: q or k) and of HEAD_DIM_V (v: v or dO; queries of the forward
-// have none; those of the backward also have o, of HEAD_DIM_V). A strip of several is PADDED with zeros where it leaves the map; the row of a strip as wide as the map
-// holds COLUMNS, all of it, and what lies beyond are whatever finite numbers. The mask removes both.
+// bands. A token has two vectors: of HEAD_DIM elements (d: q or k) and of HEAD_DIM_V (v: v or dO; queries of the
+// forward have none; those of the backward also have o, of HEAD_DIM_V). A strip of several is PADDED with zeros where
+// it leaves the map; the row of a strip as wide as the map holds COLUMNS, all of it, and what lies beyond are whatever
+// finite numbers. The mask removes both.
 //
 // Defines: PASS, ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V; BAND, BLOCK_ROWS, GROUPS, TILES, HEADS (of
 // a block), BLOCKS (of a group), LEFT (columns from a group's first block to its first own token, at most),

@@ -78,7 +78,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     unsigned lacks = 0;
     if (tile.clamped) {
 #pragma unroll
-      for (int g = 0; g < GROUPS; ++g) lacks |= lacking(tile.group(g), tile.block(g, run.length[1]), run.length[1], lane) << 4 * g;
+      for (int g = 0; g < GROUPS; ++g)
+        lacks |= lacking(tile.group(g), tile.block(g, run.length[1]), run.length[1], lane) << 4 * g;
     }
     const int block = tile.block(0, run.length[1]);
     const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE - pair / BAND;

@@ -10,8 +10,9 @@
 // two rows of blocks, and tiles within a window of a border work on EDGE_BLOCKS blocks of columns for all their groups.
 //
 // Shared memory (NAT-Tiny, 56x56, strips of 56 columns with one head, two blocks an SM, RING 6): rings of Q and dO,
-// RING * BAND rows of COLUMNS tokens of HEADS heads, 84 KB, and of scalars, 5 KB; OWN_RING bands of K and V, 14 KB; half
-// a stage for each warp, by which results reach 16-byte stores, 4 KB; two bias tables a head, 4 KB; barriers.
+// RING * BAND rows of COLUMNS tokens of HEADS heads, 84 KB, and of scalars, 5 KB; OWN_RING bands of K and V, 14 KB;
+// half a stage for each warp, by which results reach 16-byte stores, 4 KB; two bias tables a head, 4 KB; what warps and
+// lanes keep of their run, 1 KB; barriers.
 #include "common/strip_bias.cuh"
 #include "common/strip_loads.cuh"
 #include "common/strip_tile.cuh"
@@ -244,7 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll 1
         for (Interval list = rows; list.start < list.end; list.start += BLOCK_ROWS) {
           Seen seen;
-          // Lanes of ldmatrix: Q and dO as A operands, and their transposes; which query of a block, which 16 bytes of it.
+          // Lanes of ldmatrix: Q and dO as A operands, and their transposes; which query of a block, which 16 bytes.
           const int half = lane / 8 % 2, transposed_half = lane / 16, first_column = block - run.origin();
           const int column = first_column + (TALL ? 0 : half), column_t = first_column + (TALL ? 0 : transposed_half);
           const int d_byte = column * SeenD::TOKEN + head * (D_STEPS * 32) + lane / 16 * 16;
@@ -277,8 +278,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
           store(place.dk + static_cast<long long>(y) * params.dk.step[0], params.dk, its_dk, tile, results.dk, scale,
                 stage, left, run.length[1], lane);
         if (dv != nullptr)
-          store(place.dv + static_cast<long long>(y) * params.dv.step[0], params.dv, its_dv, tile, results.dv, 1.f, stage,
-                left, run.length[1], lane);
+          store(place.dv + static_cast<long long>(y) * params.dv.step[0], params.dv, its_dv, tile, results.dv, 1.f,
+                stage, left, run.length[1], lane);
       }
       __syncwarp();
       const bool more = band < place.last;

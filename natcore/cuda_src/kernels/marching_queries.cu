@@ -5,12 +5,14 @@
 //
 //   S^T = K Q^T, dP^T = V dO^T - delta, P = exp(S - lse), dS = P dP, dQ^T += K^T dS^T
 //
-// delta = dO . O comes from O, which comes with the queries. {lse, d_lse - delta} are written for marching_keys.cu, which makes dk and dv. dS is summed for drpb in
-// registers (common/strip_sums.cuh), then over warps, then over blocks by marching_keys.cu: all in a fixed order.
+// delta = dO . O comes from O, which comes with the queries. {lse, d_lse - delta} are written for marching_keys.cu,
+// which makes dk and dv. dS is summed for drpb in registers (common/strip_sums.cuh), then over warps, then over blocks
+// by marching_keys.cu: all in a fixed order.
 //
 // Shared memory (NAT-Tiny, 56x56, strips of 56 columns with one head, two blocks an SM, RING 5): rings of K and V,
-// RING * BAND rows of COLUMNS tokens of HEADS heads, 70 KB; OWN_RING bands of Q, dO and O, 21 KB, and of lse; a stage for each warp,
-// by which dq reaches 16-byte stores, 7 KB; two bias tables a head, 3 KB; sums of drpb for each warp, 5 KB; barriers.
+// RING * BAND rows of COLUMNS tokens of HEADS heads, 70 KB; OWN_RING bands of Q, dO and O, 21 KB, and of lse; a stage
+// for each warp, by which dq reaches 16-byte stores, 7 KB; two bias tables a head, 3 KB; sums of drpb for each warp,
+// 5 KB; what warps and lanes keep of their run, 4 KB; barriers.
 #include "common/strip_bias.cuh"
 #include "common/strip_loads.cuh"
 #include "common/strip_sums.cuh"
@@ -150,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
               params.rpb, parts.bias);
 
   const int head = warp / TILES, number = warp % TILES;
-    // Lanes of ldmatrix: K and V as A operands, and the transpose of K; which key of a block, which 16 bytes of it.
+  // Lanes of ldmatrix: K and V as A operands, and the transpose of K; which key of a block, which 16 bytes of it.
   const int key_half = lane / 8 % 2, transposed_half = lane / 16;
   const int key_lane = head * (D_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * SeenD::TOKEN);
   const int value_lane = head * (V_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * SeenV::TOKEN);
@@ -160,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   float* its_sums = reinterpret_cast<float*>(shared + SUMS_AT) + warp * ENTRIES;
 
   volatile Place& place = *reinterpret_cast<volatile Place*>(shared + PLACES_AT + warp * PLACE);
-  // What a lane keeps of its run: where its keys, its values and its keys to be transposed lie in a row, and the columns
-  // that its query lacks.
+  // What a lane keeps of its run: where its keys, its values and its keys to be transposed lie in a row, and the
+  // columns that its query lacks.
   const auto kept = [&](int i, int lane) -> volatile int& {
     return reinterpret_cast<volatile int*>(shared + KEPT_AT)[(warp * (KEPT / 4) + i) * 32 + lane];
   };
@@ -179,7 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     unsigned lacks = 0;
     if (tile.clamped) {
 #pragma unroll
-      for (int g = 0; g < GROUPS; ++g) lacks |= lacking(tile.group(g), tile.block(g, run.length[1]), run.length[1], lane) << 4 * g;
+      for (int g = 0; g < GROUPS; ++g)
+        lacks |= lacking(tile.group(g), tile.block(g, run.length[1]), run.length[1], lane) << 4 * g;
     }
     const int block = tile.block(0, run.length[1]);
     const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE;
@@ -220,12 +223,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         load_own<OwnV, V_STEPS>(gradient[g], base + OWN_V_AT + own_row * OwnV::PITCH,
                                 gradient_byte + g * GROUP_COLUMNS * OwnV::TOKEN, 1.f, lane);
         const unsigned char* own = shared + (turn.slot * BAND + row % BAND) * OwnV::PITCH;
-        const float its = find_delta(own + OWN_V_AT, own + OWN_O_AT, delta_byte + g * GROUP_COLUMNS * OwnV::TOKEN, lane);
+        const int at = delta_byte + g * GROUP_COLUMNS * OwnV::TOKEN;
+        const float its = find_delta(own + OWN_V_AT, own + OWN_O_AT, at, lane);
         const float of_token = __shfl_sync(~0u, its, lane % 8 * 4 + lane % 8 / 2);
         if (g == 0 || lane / 8 == g) delta = of_token;
       }
-      // Token lane % 8 of group lane / 8 is this lane's, for now. Queries that are not the tile's, or below the map, get a
-      // weight of exp(-inf).
+      // Token lane % 8 of group lane / 8 is this lane's, for now. Queries that are not the tile's, or below the map,
+      // get a weight of exp(-inf).
       const bool present =
           lane < 8 * GROUPS && y + scalar_row < run.length[0] && tile.owns(scalar_column, run.length[1]);
       const float* given = reinterpret_cast<const float*>(
@@ -263,7 +267,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #endif
         float result[GROUPS][D_STEPS][4] = {};
         if (tile.clamped) {
-          differentiate<true>(result, sums, seen, query, gradient, its_lse, minus_delta, kept(3, lane), parts.unit, anew(lane));
+          differentiate<true>(result, sums, seen, query, gradient, its_lse, minus_delta, kept(3, lane), parts.unit,
+                              anew(lane));
         } else {
           differentiate<false>(result, sums, seen, query, gradient, its_lse, minus_delta, 0, parts.unit, lane);
         }
@@ -276,8 +281,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         if (dq != nullptr)
 #pragma unroll
           for (int g = 0; g < GROUPS; ++g)
-            its.write(place.dq + static_cast<long long>(y) * params.dq.step[0], params.dq, stage + g * 8 * OutRows::PITCH,
-                      g, tile, run.length[0] - y, run.length[1]);
+            its.write(place.dq + static_cast<long long>(y) * params.dq.step[0], params.dq,
+                      stage + g * 8 * OutRows::PITCH, g, tile, run.length[0] - y, run.length[1]);
       }
       __syncwarp();
       const bool more = band < place.last;
