@@ -270,7 +270,14 @@ def test_refusals(case: Case, change: dict, reason: str) -> None:
         plan_for(call, FACTS, Config("marching"))
 
 
-@pytest.mark.parametrize("options", [{"ring": 2}, {"keys_ring": 2}, {"tiles": 40}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ring": 2}, {"keys_ring": 2}, {"tiles": 40}, {"keys_block_rows": 4}, {"groups": 5}, {"band": 1}, {"band": 16},
+        {"keys_band": 3}, {"own_ring": 0}, {"producers": 0}, {"blocks_per_sm": 0}, {"tiles": 0},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_options_that_do_not_fit_are_an_error(options: dict[str, int]) -> None:
     of = "keys" if next(iter(options)).startswith("keys_") else "queries"
     with pytest.raises(ValueError, match=f"no geometry of {of}"):

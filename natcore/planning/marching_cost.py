@@ -61,6 +61,8 @@ def geometries(
     problem: Problem, facts: DeviceFacts, options: Mapping[str, int], of: Pass = "forward"
 ) -> Iterator[Geometry]:
     """All geometries worth a thought."""
+    if min(options.values(), default=1) < 1:
+        return
 
     def free(name: str, choices: list[int]) -> list[int]:
         return [options[name]] if name in options else choices

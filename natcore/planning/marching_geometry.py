@@ -21,6 +21,7 @@ Pass = Literal["forward", "queries", "keys"]  # the values of PASS, in this orde
 PASSES: tuple[Pass, ...] = ("forward", "queries", "keys")
 MASK_COLUMNS = 16  # of the product that masks columns
 MAX_SCORES = 64  # registers of a lane that hold scores
+MOST_GROUPS = 4  # lanes that make a query's scalars, by eights
 RESTART = 1.0  # what a block loses where it starts in the middle of a strip, in bands
 
 
@@ -147,6 +148,9 @@ class Geometry:
     @property
     def is_legal(self) -> bool:
         """Whether the kernel's own limits hold; shared memory is another matter."""
+        counts = (self.groups, self.tiles, self.heads, self.own_ring, self.producers, self.blocks_per_sm)
+        if self.band not in (2, 4, 8) or self.block_rows not in (8, 16) or min(counts) < 1 or self.groups > MOST_GROUPS:
+            return False
         reach = self.reach
         scores = self.groups * reach.blocks * 4
         whole = not self.padded or self.groups > 1 or self.strip + reach.left >= reach.blocks * self.block_columns

@@ -48,6 +48,13 @@ class Reach:
     greatest: int
 
 
+def _tiles(axis: Axis, length: int, tile: int, tiles: int) -> list[int]:
+    """Tile numbers among which every pattern of windows occurs: `Axis.sample`'s and, because the last strip is moved
+    back inside the map, all of the last two strips."""
+    count = ceil(length / (tiles * tile)) * tiles
+    return sorted({*axis.sample(count * tile, tile), *range(max(count - 2 * tiles, 0), count)})
+
+
 @lru_cache(maxsize=4096)
 def reach_of_queries(axis: Axis, group: int, block: int, groups: int, tiles: int) -> Reach:
     left, blocks = columns_of(axis, group, block, groups, tiles)
@@ -72,7 +79,7 @@ def reach_of_keys(axis: Axis, group: int, block: int, groups: int, tiles: int) -
     pad, right = left, (tiles - 1) * tile - left + regular
     for length in axis.lengths:
         seen = intervals(axis, length)[1]
-        for number in axis.sample(up(length, strip), tile):
+        for number in _tiles(axis, length, tile, tiles):
             start = min(number // tiles * strip, max(length - strip, 0))
             x = start + min(number % tiles * tile, max(min(strip, length) - tile, 0))
             first = x - left
@@ -116,7 +123,7 @@ def _groups(axis: Axis, group: int, groups: int, tiles: int) -> Iterator[tuple[i
     tile = group * groups
     strip = tile * tiles
     for length in axis.lengths:
-        for number in axis.sample(up(length, strip), tile):
+        for number in _tiles(axis, length, tile, tiles):
             if length <= strip:
                 first = min(number * tile, max(length - tile, 0))
             else:
