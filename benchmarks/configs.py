@@ -23,7 +23,6 @@ from natcore.planning import (
     tiled,
     tiling_cost,
 )
-from natcore.planning.marching_geometry import Pass
 from natcore.planning.tiling import Geometry as TiledGeometry
 from natcore.problem import Call
 
@@ -144,8 +143,9 @@ def _marching(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
 
 
 def _chosen_marching(call: Call, facts: DeviceFacts) -> Cut:
-    passes: tuple[Pass, ...] = ("forward",) if call.direction == "forward" else ("queries", "keys")
-    return tuple(marching_cost.choose_geometry(call.problem, facts, {}, of) for of in passes)
+    return tuple(
+        marching_cost.choose_geometry(call.problem, facts, {}, of) for of in marching.passes_of(call.direction)
+    )
 
 
 _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {

@@ -120,7 +120,7 @@ def test_planner_prefers_it() -> None:
         wide = case.rank == 2 and case.spatial[1] // case.window.dilation[1] >= marching.LEAST_COLUMNS
         assert wide or not marches, case.name
         names = [launch.kernel.name for launch in plan_for(call, FACTS).launches]
-        banded = ["banded_backward", *["bias_from_partials"] * (case.rpb is not None)]
+        banded = ["banded_backward", *["banded_backward_bias"] * (case.rpb is not None)]
         assert names == (["marching_queries", "marching_keys"] if marches else banded), case.name
     other = replace(call, problem=replace(call.problem, dtype="float32"))
     assert plan_for(other, FACTS).launches[0].kernel.name.startswith("general")

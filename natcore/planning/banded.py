@@ -9,13 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import partial
+from math import ceil
 
 from natcore.planning import listed
 from natcore.planning.banded_cost import choose_geometry
 from natcore.planning.banded_geometry import Geometry
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
-from natcore.planning.partials import KERNEL as BIAS_KERNEL
-from natcore.planning.partials import bias_launch
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -30,6 +29,7 @@ from natcore.planning.plan import (
 )
 from natcore.problem import OPERANDS, Call
 
+BIAS_WARPS = 16
 _LAYOUTS = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq", "dk", "dv")
 OPTIONS = (
     *("band", "block_rows", "groups", "region0", "region1", "region2"),
@@ -73,7 +73,23 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     )
     if drpb is None:
         return Plan((main,), 0)
-    return Plan((main, bias_launch(problem, drpb, slices, facts.arch, 0)), slices * problem.heads * g.entries * 4)
+    return Plan((main, _bias_launch(g, drpb, slices, facts.arch)), slices * problem.heads * g.entries * 4)
+
+
+def _bias_launch(g: Geometry, strides: tuple[int, ...], slices: int, arch: str) -> Launch:
+    """drpb from the partial tables."""
+    defines = (("RESULT", str(g.problem.rpb_dtype)), ("WARPS", str(BIAS_WARPS)))
+    given = strides[1:]
+    axis = {1: (0, *given, 0), 2: (0, *given), 3: given}[len(given)]
+    shape = (2 * x.kernel - 1 for x in g.axes)
+    params = Constant(struct.pack("=4q5i4x", strides[0], *axis, g.problem.heads, *shape, slices))
+    return Launch(
+        KernelSpec("banded_backward_bias", defines, arch),
+        (ceil(g.problem.heads * g.entries / 32), 1, 1),
+        (32 * BIAS_WARPS, 1, 1),
+        0,
+        (Workspace(0), Operand(OPERANDS["backward"].index("drpb")), params),
+    )
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:
@@ -98,7 +114,7 @@ CANDIDATE = Candidate(
     "banded",
     (
         KernelInfo("banded_backward", ("sm_80+",), max_registers=255, max_shared_bytes=0),
-        BIAS_KERNEL,
+        KernelInfo("banded_backward_bias", ("sm_80+",), max_registers=64, max_shared_bytes=2 << 10),
     ),
     OPTIONS,
     refusal,

@@ -100,7 +100,7 @@ def columns_of(axis: Axis, side: int, group: int, region: int, wide: int) -> Col
     return Columns(left, (left + right) // wide, bool(extra), pad, end + pad, least, greatest, mean)
 
 
-def _up(value: int, multiple: int) -> int:
+def up(value: int, multiple: int) -> int:
     return ceil(value / multiple) * multiple
 
 
@@ -183,7 +183,7 @@ class Geometry:
             f"{name}_SPAN_0": rows_of(self.axes[0], i, self.region[0])[0] for i, name in enumerate(("KEY", "QUERY"))
         }
         rows = {
-            f"{name}_RING": _up(rows_of(self.axes[1], i, self.region[1])[self.ahead], self.ring_step)
+            f"{name}_RING": up(rows_of(self.axes[1], i, self.region[1])[self.ahead], self.ring_step)
             for i, name in enumerate(("KEY", "QUERY"))
         }
         return planes | rows
@@ -211,7 +211,7 @@ class Geometry:
         found = {}
         for side, name in enumerate(("QUERY", "KEY")):
             count = rows_of(planes, side, 1)[0] * rows_of(rows, side, self.band)[0]
-            found[name] = _up(count, self.block_rows)
+            found[name] = up(count, self.block_rows)
         return found
 
     @property
@@ -220,13 +220,13 @@ class Geometry:
         bands = self.region[0] * self.region[1] // self.band
         tiles = self.region[2] // (self.groups * self.group_columns)
         lists = sum(20 + 2 * (self.band + n * (1 + self.band)) for n in self.lists.values())
-        return _up(bands * lists + 4 * self.columns["KEY"].shared + 2 * tiles, 4)
+        return up(bands * lists + 4 * self.columns["KEY"].shared + 2 * tiles, 4)
 
     @cached_property
     def shared_bytes(self) -> int:
         """SHARED of bands.cuh."""
         p, s = self.problem, self.spans
-        tokens = [_up(d, 16) * 2 for d in (p.head_dim, p.head_dim_v)]
+        tokens = [up(d, 16) * 2 for d in (p.head_dim, p.head_dim_v)]
         key_columns, query_columns = (self.columns[side].shared for side in ("QUERY", "KEY"))
         key_rows, query_rows = (s[f"{side}_SPAN_0"] * s[f"{side}_RING"] for side in ("KEY", "QUERY"))
         spans = sum(
@@ -234,13 +234,13 @@ class Geometry:
             for rows, columns in ((key_rows, key_columns), (query_rows, query_columns))
             for token in tokens
         )
-        table = _up(spans + query_rows * query_columns * 8 + 2 * self.tables_bytes, 16)
+        table = up(spans + query_rows * query_columns * 8 + 2 * self.tables_bytes, 16)
         k = self.axes[1].kernel
         rows = (2 * self.axes[0].kernel - 1) * (2 * k - 1)
         rows += (2 * k - k // 2 - 1 - rows) % 8 + 1
-        stage = _up(table + self.axes[2].kernel * rows * self.table_row * 4, 16)
+        stage = up(table + self.axes[2].kernel * rows * self.table_row * 4, 16)
         sums = stage + self.threads // 32 * 8 * (max(tokens) // 16 | 1) * 16
-        return _up(sums + self.query_warps * self.entries * 4, 16) + 3 * 224 + 16 + 4 * self.warps
+        return up(sums + self.query_warps * self.entries * 4, 16) + 3 * 224 + 16 + 4 * self.warps
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:

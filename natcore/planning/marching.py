@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from math import prod
 
 from natcore.planning import listed
+from natcore.planning.banded_geometry import up
 from natcore.planning.marching_cost import choose_geometry
-from natcore.planning.marching_geometry import Geometry, Pass
+from natcore.planning.marching_geometry import PASSES, Geometry, Pass
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
 from natcore.planning.plan import (
     Candidate,
@@ -27,7 +28,7 @@ from natcore.planning.plan import (
     Scale,
     Workspace,
 )
-from natcore.problem import OPERANDS, Call
+from natcore.problem import OPERANDS, Call, Direction
 
 LEAST_COLUMNS = 8  # a map's; on narrower ones other kernels were faster
 _CHOICES = ("band", "block_rows", "groups", "tiles", "heads", "ring", "own_ring", "producers", "blocks_per_sm")
@@ -70,6 +71,11 @@ def _launch(
     )
 
 
+def passes_of(direction: Direction) -> tuple[Pass, ...]:
+    """In the order of their launches."""
+    return ("forward",) if direction == "forward" else ("queries", "keys")
+
+
 def _chosen(call: Call, facts: DeviceFacts, options: Mapping[str, int], of: Pass) -> Geometry:
     its = {n.removeprefix(KEYS): v for n, v in options.items() if n.startswith(KEYS) == (of == "keys")}
     g = choose_geometry(call.problem, facts, its, of)
@@ -83,8 +89,8 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     if call.direction == "forward":
         return Plan((_launch(call, facts, _chosen(call, facts, options, "forward"), _FORWARD),), 0)
     p = call.problem
-    queries, keys = (_chosen(call, facts, options, of) for of in ("queries", "keys"))
-    scalars = -(-prod((p.batch, *p.spatial, p.heads)) * 8 // _ALIGNMENT) * _ALIGNMENT
+    queries, keys = (_chosen(call, facts, options, of) for of in passes_of("backward"))
+    scalars = up(prod((p.batch, *p.spatial, p.heads)) * 8, _ALIGNMENT)
     with_bias, slices = call.strides[OPERANDS["backward"].index("drpb")] is not None, queries.slices(facts)
     partials: Param = Workspace(scalars) if with_bias else Constant(bytes(8))
     launches = (
@@ -111,8 +117,7 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
         return reason
     if call.direction == "backward" and p.heads != p.heads_kv:
         return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the general kernels."
-    passes: tuple[Pass, ...] = ("forward",) if call.direction == "forward" else ("queries", "keys")
-    if any(choose_geometry(p, facts, {}, of) is None for of in passes):
+    if any(choose_geometry(p, facts, {}, of) is None for of in passes_of(call.direction)):
         return f"kernel_size {p.window.kernel_size}: what 8 tokens see does not fit a row of blocks."
     return None
 
@@ -123,10 +128,7 @@ def _listed() -> tuple[Call, ...]:
 
 CANDIDATE = Candidate(
     "marching",
-    tuple(
-        KernelInfo(f"marching_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0)
-        for of in ("forward", "queries", "keys")
-    ),
+    tuple(KernelInfo(f"marching_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0) for of in PASSES),
     OPTIONS,
     refusal,
     plan,

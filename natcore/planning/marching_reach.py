@@ -14,10 +14,6 @@ from natcore.planning.banded_geometry import intervals
 from natcore.planning.tiling import Axis
 
 
-def up(value: int, multiple: int) -> int:
-    return ceil(value / multiple) * multiple
-
-
 @lru_cache(maxsize=4096)
 def rows_of(axis: Axis, band: int, shift: int, own_keys: bool) -> tuple[int, int]:
     """The most rows that a band of own tokens sees, and the most stages of the ring that hold them."""

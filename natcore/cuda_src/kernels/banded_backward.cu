@@ -15,7 +15,7 @@
 //
 // The bias is the accumulator that S starts from; the same table holds the mask (band_bias.cuh). A register
 // of dS holds the same difference key - query for as long as a warp's bands look alike: drpb is summed in
-// registers, then in a table for each warp, then over blocks by bias_from_partials, all in a fixed order.
+// registers, then in a table for each warp, then over blocks by banded_backward_bias, all in a fixed order.
 //
 // Shared memory: rings of rows of K, V, Q, dO, a row an odd number of 16-byte chunks after the one before it;
 // {lse, d_lse - delta} of each query; for two steps, the tables of bands and columns; the bias table; a stage for

@@ -1,4 +1,4 @@
-// drpb from the partial tables of the tensor core backward: a sum over slices, in a fixed order, rounded once.
+// drpb from the partial tables of banded_backward: a sum over slices, in a fixed order, rounded once.
 //
 //   slices     0    1    2   ...   WARPS   ...        warp w adds slices w, w + WARPS, ..., a lane for
 //   warps      w0   w1   w2  ...   w0      ...        each of 32 entries; then warp 0 adds the warps' sums
@@ -12,7 +12,7 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    bias_from_partials(const float* __restrict__ partials,  // [slices, heads, *shape], contiguous
+    banded_backward_bias(const float* __restrict__ partials,  // [slices, heads, *shape], contiguous
                          RESULT* __restrict__ drpb,           // [heads, *shape]
                          const __grid_constant__ Params params) {
   __shared__ float of_warp[WARPS][32];
