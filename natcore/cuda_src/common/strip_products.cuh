@@ -19,9 +19,7 @@ __device__ __forceinline__ void score(Scores& s, const unsigned (&query)[GROUPS]
 #pragma unroll
   for (int b = 0; b < TILE_BLOCKS; ++b) {
     unsigned key[D_STEPS][4];
-#pragma unroll
-    for (int step = 0; step < D_STEPS; ++step)
-      ldmatrix_x4(key[step], keys[step] + b * (BLOCK_COLUMNS * SeenD::TOKEN));
+    load_block<SeenD>(key, keys, b);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       const int own = b - g * STEP;
@@ -31,10 +29,7 @@ __device__ __forceinline__ void score(Scores& s, const unsigned (&query)[GROUPS]
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[i] = bias[i % 2][i / 2][column];
       if (CLAMPED) mask_columns(c, own, mask[g], lane);
-#pragma unroll
-      for (int step = 0; step < D_STEPS; ++step)
-        Mma<Element>::m16n8k16(c, key[step][0], key[step][1], key[step][2], key[step][3], query[g][2 * step],
-                               query[g][2 * step + 1], c);
+      multiply(c, key, query[g], c);
     }
   }
 }
@@ -72,18 +67,13 @@ __device__ __forceinline__ void weigh(float (&o)[GROUPS][V_STEPS][4], float (&su
 #pragma unroll
   for (int b = 0; b < TILE_BLOCKS; ++b) {
     unsigned value[V_STEPS][4], weight[GROUPS][2];
-#pragma unroll
-    for (int step = 0; step < V_STEPS; ++step)
-      ldmatrix_x4_transposed(value[step], values[step] + b * (BLOCK_COLUMNS * SeenV::TOKEN));
+    load_transposed<SeenV>(value, values, b);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       const int own = b - g * STEP;
       if (own < 0 || own >= BLOCKS) continue;
       as_operand(weight[g], p[g][own]);
-#pragma unroll
-      for (int step = 0; step < V_STEPS; ++step)
-        Mma<Element>::m16n8k16(o[g][step], value[step][0], value[step][1], value[step][2], value[step][3],
-                               weight[g][0], weight[g][1], o[g][step]);
+      multiply_transposed(o[g], value, weight[g]);
       Mma<Element>::m16n8k16(sum[g], ones, ones, ones, ones, weight[g][0], weight[g][1], sum[g]);
     }
   }

@@ -56,36 +56,21 @@ __device__ __forceinline__ void differentiate(Results& results, const Seen& seen
 #pragma unroll
   for (int b = 0; b < (CLAMPED ? EDGE_BLOCKS : TILE_BLOCKS); ++b) {
     unsigned query[D_STEPS][4], gradient[V_STEPS][4], query_t[D_STEPS][4], gradient_t[V_STEPS][4];
-#pragma unroll
-    for (int step = 0; step < D_STEPS; ++step)
-      ldmatrix_x4(query[step], seen.queries[step] + b * (BLOCK_COLUMNS * SeenD::TOKEN));
-#pragma unroll
-    for (int step = 0; step < V_STEPS; ++step)
-      ldmatrix_x4(gradient[step], seen.gradients[step] + b * (BLOCK_COLUMNS * SeenV::TOKEN));
+    load_block<SeenD>(query, seen.queries, b);
+    load_block<SeenV>(gradient, seen.gradients, b);
     const float2 scalars[2] = {seen.scalars[0][b * BLOCK_COLUMNS], seen.scalars[1][b * BLOCK_COLUMNS]};
     const float minus_delta[4] = {scalars[0].y, scalars[0].y, scalars[1].y, scalars[1].y};
-#pragma unroll
-    for (int step = 0; step < V_STEPS; ++step)
-      ldmatrix_x4_transposed(gradient_t[step], seen.gradients_transposed[step] + b * (BLOCK_COLUMNS * SeenV::TOKEN));
-#pragma unroll
-    for (int step = 0; step < D_STEPS; ++step)
-      ldmatrix_x4_transposed(query_t[step], seen.queries_transposed[step] + b * (BLOCK_COLUMNS * SeenD::TOKEN));
+    load_transposed<SeenV>(gradient_t, seen.gradients_transposed, b);
+    load_transposed<SeenD>(query_t, seen.queries_transposed, b);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       if (!CLAMPED && (b < g * STEP || b >= g * STEP + BLOCKS)) continue;
       float p[4], ds[4];
-      const float(&sum)[4] = ds;
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[i] = seen.bias[i % 2][i / 2][b * BLOCK_COLUMNS - g * GROUP_COLUMNS];
       if (CLAMPED) mask_columns(p, b, mask[g], lane);
-#pragma unroll
-      for (int step = 0; step < D_STEPS; ++step)
-        Mma<Element>::m16n8k16(p, query[step][0], query[step][1], query[step][2], query[step][3], key[g][2 * step],
-                               key[g][2 * step + 1], p);
-#pragma unroll
-      for (int step = 0; step < V_STEPS; ++step)
-        Mma<Element>::m16n8k16(ds, gradient[step][0], gradient[step][1], gradient[step][2], gradient[step][3],
-                               value[g][2 * step], value[g][2 * step + 1], step == 0 ? minus_delta : sum);
+      multiply(p, query, key[g], p);
+      multiply(ds, gradient, value[g], minus_delta);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         p[i] = ex2_approx(__fmaf_rn(p[i], unit, -scalars[i / 2].x));
@@ -94,14 +79,8 @@ __device__ __forceinline__ void differentiate(Results& results, const Seen& seen
       unsigned weight[2], operand[2];
       as_operand(weight, p);
       as_operand(operand, ds);
-#pragma unroll
-      for (int step = 0; step < V_STEPS; ++step)
-        Mma<Element>::m16n8k16(results.dv[g][step], gradient_t[step][0], gradient_t[step][1], gradient_t[step][2],
-                               gradient_t[step][3], weight[0], weight[1], results.dv[g][step]);
-#pragma unroll
-      for (int step = 0; step < D_STEPS; ++step)
-        Mma<Element>::m16n8k16(results.dk[g][step], query_t[step][0], query_t[step][1], query_t[step][2],
-                               query_t[step][3], operand[0], operand[1], results.dk[g][step]);
+      multiply_transposed(results.dv[g], gradient_t, weight);
+      multiply_transposed(results.dk[g], query_t, operand);
     }
   }
 }

@@ -72,33 +72,20 @@ __device__ __forceinline__ void differentiate(float (&dq)[GROUPS][D_STEPS][4], B
 #pragma unroll
   for (int b = 0; b < TILE_BLOCKS; ++b) {
     unsigned key[D_STEPS][4], value[V_STEPS][4], transposed[D_STEPS][4];
-#pragma unroll
-    for (int step = 0; step < D_STEPS; ++step)
-      ldmatrix_x4(key[step], seen.keys[step] + b * (BLOCK_COLUMNS * SeenD::TOKEN));
-#pragma unroll
-    for (int step = 0; step < V_STEPS; ++step)
-      ldmatrix_x4(value[step], seen.values[step] + b * (BLOCK_COLUMNS * SeenV::TOKEN));
-#pragma unroll
-    for (int step = 0; step < D_STEPS; ++step)
-      ldmatrix_x4_transposed(transposed[step], seen.keys_transposed[step] + b * (BLOCK_COLUMNS * SeenD::TOKEN));
+    load_block<SeenD>(key, seen.keys, b);
+    load_block<SeenV>(value, seen.values, b);
+    load_transposed<SeenD>(transposed, seen.keys_transposed, b);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       const int own = b - g * STEP;
       if (own < 0 || own >= BLOCKS) continue;
       float s[4], ds[4];
       const float start[4] = {minus_delta[g][0], minus_delta[g][1], minus_delta[g][0], minus_delta[g][1]};
-      const float(&sum)[4] = ds;
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[i] = seen.bias[i % 2][i / 2][own * BLOCK_COLUMNS];
       if (CLAMPED) mask_columns(s, own, mask[g], lane);
-#pragma unroll
-      for (int step = 0; step < D_STEPS; ++step)
-        Mma<Element>::m16n8k16(s, key[step][0], key[step][1], key[step][2], key[step][3], query[g][2 * step],
-                               query[g][2 * step + 1], s);
-#pragma unroll
-      for (int step = 0; step < V_STEPS; ++step)
-        Mma<Element>::m16n8k16(ds, value[step][0], value[step][1], value[step][2], value[step][3],
-                               gradient[g][2 * step], gradient[g][2 * step + 1], step == 0 ? start : sum);
+      multiply(s, key, query[g], s);
+      multiply(ds, value, gradient[g], start);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         ds[i] *= ex2_approx(__fmaf_rn(s[i], unit, -lse[g][i % 2]));
@@ -108,10 +95,7 @@ __device__ __forceinline__ void differentiate(float (&dq)[GROUPS][D_STEPS][4], B
       }
       unsigned operand[2];
       as_operand(operand, ds);
-#pragma unroll
-      for (int step = 0; step < D_STEPS; ++step)
-        Mma<Element>::m16n8k16(dq[g][step], transposed[step][0], transposed[step][1], transposed[step][2],
-                               transposed[step][3], operand[0], operand[1], dq[g][step]);
+      multiply_transposed(dq[g], transposed, operand);
     }
   }
 }
