@@ -161,7 +161,8 @@ def test_functorch_jit_and_export():
     for a, b in zip(gradients.values(), expected, strict=True):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(torch.vmap(mlp)(x), plain(mlp, x))
-    for call in (torch.jit.trace(mlp, (x,)), torch.export.export(mlp, (x,)).module()):
+    exported = (torch.export.export(mlp, (x,), strict=strict).module() for strict in (False, True))
+    for call in (torch.jit.trace(mlp, (x,)), *exported):
         y = call(x)
         torch.testing.assert_close(y, plain(mlp, x))
         for a, b in zip(torch.autograd.grad(y.sum(), tuple(call.parameters())), expected, strict=True):
