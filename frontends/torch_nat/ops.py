@@ -8,7 +8,7 @@ come here whenever something other than plain eager execution looks on (see func
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from natcore.planning import Config
 from natcore.problem import check_packed, problem_of
 from natcore.window import Window, window_of
 from torch_nat import launch
+
+_C, _KEYS = torch._C, torch._C.DispatchKey
 
 #: is_causal is 0 or 1: torch.jit, and what counts operations with it, cannot trace a list of bool.
 _WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float? scale, str? config, float dropout_p"
@@ -169,16 +171,54 @@ DOUBLE_BACKWARD = (
 )
 
 
+#: The dispatch keys of a call on plain tensors: a device's and its autograd's. Nobody else looks on.
+_PLAIN = {
+    (_C.DispatchKeySet(getattr(_KEYS, key)) | _C.DispatchKeySet(getattr(_KEYS, f"Autograd{key}"))).raw_repr()
+    for key in ("CPU", "CUDA")
+}
+
+
+class _Recorded(torch.autograd.Function):
+    """One call of an operation that autograd records; ``formula`` gives the gradients of its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Callable[..., tuple[Tensor, ...]], formula: Callable, *arguments: Any):
+        output = below(*arguments)
+        ctx.formula = formula
+        if formula is not _refuse:
+            setup_context(ctx, arguments, output)  # pyright: ignore[reportArgumentType]  # out and lse
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):
+        return None, None, *ctx.formula(ctx, *gradients)
+
+
+def _autograd(name: str, formula: Callable) -> Callable[..., tuple[Tensor, ...]]:
+    """The kernel for autograd's key. What torch.library.register_autograd makes would do, but compiled graphs call
+    operations with nothing to record, and pay for a second way through the dispatcher: here they go straight on."""
+    operation, kernel = getattr(torch.ops.natcore, name).default, globals()[f"_{name}"]
+
+    def below(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with _C._AutoDispatchBelowAutograd():
+            return operation.redispatch(keys & _C._after_autograd_keyset, *arguments)
+
+    def autograd(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and _C._any_requires_grad(*arguments):
+            return _Recorded.apply(partial(below, keys), formula, *arguments)
+        return kernel(*arguments) if keys.raw_repr() in _PLAIN else below(keys, *arguments)
+
+    return autograd
+
+
 def _register() -> None:
+    formulas = {"attention": formula(backward_of(3), 3), "attention_packed": formula(backward_of(1), 1)}
     for name in SCHEMAS:
         kernel, fake = globals()[f"_{name}"], globals()[f"_{name}_fake"]
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(name, kernel, key)
         torch.library.register_fake(f"natcore::{name}", fake, lib=LIBRARY)
-    for name, leading in (("attention", 3), ("attention_packed", 1)):
-        backward = formula(backward_of(leading), leading)
-        torch.library.register_autograd(f"natcore::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-        torch.library.register_autograd(f"natcore::{name}_backward", _refuse, lib=LIBRARY)
+        LIBRARY.impl(name, _autograd(name, formulas.get(name, _refuse)), "Autograd", with_keyset=True)
 
 
 _register()

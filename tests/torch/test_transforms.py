@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_nat
 from natcore.planning import Config
@@ -34,6 +35,44 @@ def test_opcheck(name: str, packed: bool):
     detached = [None if t is None else t.detach() for t in (*leading, *extras)]
     saved = (out, lse, torch.randn_like(lse))
     torch.library.opcheck(backward, (torch.randn_like(out), *detached[:-4], *saved, *detached[-4:], *window))
+
+
+def test_a_plain_call_of_an_operation_goes_straight_to_its_kernel(monkeypatch: pytest.MonkeyPatch):
+    """Compiled graphs make such calls; whoever looks on still sees the operation, with or without gradients."""
+    again, guard = [], torch._C._AutoDispatchBelowAutograd
+    monkeypatch.setattr(torch._C, "_AutoDispatchBelowAutograd", lambda: again.append(True) or guard())
+    tensors, window = operands(BY_NAME["nat_packed"])
+    plain = [None if t is None else t.detach() for t in tensors]
+
+    def is_straight(*tensors: torch.Tensor | None) -> bool:
+        again.clear()
+        out, lse = torch.ops.natcore.attention(*tensors, *window)
+        torch.testing.assert_close((out.detach(), lse.detach()), expected, rtol=0, atol=0)
+        return not again
+
+    expected = torch.ops.natcore.attention(*plain, *window)
+    assert is_straight(*plain)
+    assert not is_straight(*tensors)
+    with torch.no_grad():
+        assert is_straight(*tensors)
+        assert not is_straight(torch._neg_view(-plain[0]), *plain[1:])
+    for given in (plain, tensors):
+        with LoggingMode() as mode:
+            assert not is_straight(*given)
+        assert mode.names.count("natcore::attention") == 1
+    seen = []
+    torch.func.functionalize(lambda q: seen.append(torch.ops.natcore.attention(q, *plain[1:], *window)) or q)(plain[0])
+    assert torch._is_functional_tensor(seen[0][0])
+
+
+class LoggingMode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def test_config_survives_the_schema():
