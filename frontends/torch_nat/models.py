@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from natcore.models import NATConfig, model_config
+from torch_nat.casting import with_cast_weights
 from torch_nat.layers import DropPath, NeighborhoodAttention2D
 from torch_nat.recomputation import recomputing
 
@@ -228,7 +229,7 @@ class NAT(nn.Module):
         x = self.pos_drop(self.patch_embed(x))
         maps: list[Tensor] = []
         for stage in range(len(self.config.depths)):
-            before, x = self.get_submodule(self.config.stage_name(stage))(x)
+            before, x = with_cast_weights(self.get_submodule(self.config.stage_name(stage)), x)
             if self.config.features_only:
                 norm = self.get_submodule(f"norm{stage}")
                 maps.append(norm(before).permute(0, 3, 1, 2).contiguous())

@@ -29,7 +29,7 @@ def recomputing(function: Callable[[Tensor], Tensor], layer: Callable[[Tensor], 
         return layer(function(x))
     if torch.compiler.is_compiling():
         # What is outside of a checkpoint is all that the partitioner may keep.
-        return layer(function(x) if _is_exporting() else checkpoint(function, x, use_reentrant=False))
+        return layer(function(x) if is_exporting() else checkpoint(function, x, use_reentrant=False))
     y = function(x)
     if _is_saving_taken():
         return layer(y)
@@ -38,7 +38,7 @@ def recomputing(function: Callable[[Tensor], Tensor], layer: Callable[[Tensor], 
 
 
 @torch.compiler.assume_constant_result
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
     """Asked when Python runs: some versions of Dynamo, tracing torch.compiler.is_exporting, take it for true."""
     return torch.compiler.is_exporting()
 
