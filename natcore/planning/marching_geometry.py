@@ -120,6 +120,13 @@ class Geometry:
         return 32 * (self.consumers + self.producers)
 
     @property
+    def lines(self) -> int:
+        """Of 128 bytes, that a block brings for a band of seen and own tokens."""
+        d, v = (ceil(self.heads * n * 2 / 128) for n in (self.problem.head_dim, self.problem.head_dim_v))
+        own = {"forward": d, "queries": d + 2 * v, "keys": d + v}[self.of]
+        return self.band * (self.reach.columns * (d + v) + self.strip * own)
+
+    @property
     def bands(self) -> int:
         return ceil(self.axes[0].lengths[0] / self.band)
 
@@ -196,7 +203,7 @@ class Geometry:
         if self.of == "queries":
             total += 2 * self.own_ring * self.band * self.heads * self.strip * 4
         if self.of == "queries" and p.rpb_dtype is not None:
-            total += self.consumers * self.entries * 4
+            total += self.consumers * (self.entries + 1) * 4
         kept = {"forward": 0, "queries": 32 + 32 * 16, "keys": 32 + 32 * 4}[self.of]
         return up(total, 16) + kept * self.consumers + 16 * (self.ring + self.own_ring)
 

@@ -7,7 +7,7 @@
 
 #include "common/anew.cuh"
 #include "common/scale.cuh"
-#include "common/strips.cuh"
+#include "common/strip_tile.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
 
@@ -41,49 +41,70 @@ __device__ __forceinline__ void fill_tables(float* tables, const BiasElement* rp
   named_barrier_sync(1, WORKERS);
 }
 
-// The columns of its blocks that token lane / 4 of a group at `x` lacks, of the four of a lane's B operand, as bits;
-// `block` is where they start.
+// The columns of its blocks that token lane / 4 of a group at `x` lacks, of the four of a lane's B operands; `block` is
+// where they start. Element e of operand h is bit 16 e + h.
 __device__ __forceinline__ unsigned lacking(int x, int block, int length, int lane) {
   const Interval seen = seen_by(1, smaller(x + lane / 4 / BAND, length - 1), length);
   unsigned bits = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = block + 8 * (i / 2) + lane % 4 * 2 + i % 2;
-    if (column < seen.start || column >= seen.end) bits |= 1u << i;
+    if (column < seen.start || column >= seen.end) bits |= 1u << (16 * (i % 2) + i / 2);
   }
   return bits;
 }
 
-// The B operand of such bits: -3e38 in bfloat16 where a column is lacked.
-__device__ __forceinline__ void as_mask(unsigned (&b)[2], unsigned bits) {
+// Those of all groups of a tile, two bits each; of tiles away from borders, none.
+__device__ __forceinline__ unsigned lacking(const Tile& tile, int length, int lane) {
+  unsigned bits = 0;
+  if (tile.clamped) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) b[h] = (bits >> 2 * h & 1) * 0xff7fu | (bits >> (2 * h + 1) & 1) * 0xff7f0000u;
+    for (int g = 0; g < GROUPS; ++g) bits |= lacking(tile.group(g), tile.block(g, length), length, lane) << 2 * g;
+  }
+  return bits;
 }
 
-// The rows of the bias table of this lane's pairs: seen tokens of `rows`, own ones of the band that starts at row y.
-// bias[e][h] is that of own token e of the lane's two and half h of a block.
-__device__ __forceinline__ void find_bias(const float* (&bias)[2][2], const float* table, const Interval& rows, int y,
-                                          int length, int lane) {
+// The B operands of such bits: -3e38 in bfloat16 where a column is lacked.
+__device__ __forceinline__ void as_masks(unsigned (&b)[GROUPS][2], unsigned bits) {
 #pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int own = smaller(y + (lane % 4 * 2 + e) % BAND, length - 1);  // rows below the map repeat its last one
-    const Interval seen = seen_by(0, own, length);
+  for (int i = 0; i < 2 * GROUPS; ++i) b[i / 2][i % 2] = (bits >> i & 0x10001u) * 0xff7fu;
+}
+
+// Where this lane's pairs find their bias, kept from one inner band of a run to the next.
+struct BiasRows {
+  const float* at[2][2];  // of own token e of the lane's two and half h of a block: that of the first block's first column
+  bool inner = false;
+
+  // Makes them those of a band and seen tokens of `rows`; `table` is that of the tile.
+  __device__ __forceinline__ void turn_to(const Run& run, int band, const Interval& rows, const float* table,
+                                          int lane) {
+    const bool still = inner;
+    inner = run.is_inner(band);
+    if (still && inner) return;
+    const int y = band * BAND, length = run.length[0];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int other = rows.start + lane / 4 + (TALL ? 8 * h : 0);
-      const int at = seen.start <= other && other < seen.end ? other - own + KERNEL_0 - 1 : MASKED_ROW;
-      bias[e][h] = table + at * TABLE_ROW + (TALL ? 0 : h);
+    for (int e = 0; e < 2; ++e) {
+      const int own = smaller(y + (lane % 4 * 2 + e) % BAND, length - 1);  // rows below the map repeat its last one
+      const Interval seen = seen_by(0, own, length);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int other = rows.start + lane / 4 + (TALL ? 8 * h : 0);
+        const int row = seen.start <= other && other < seen.end ? other - own + KERNEL_0 - 1 : MASKED_ROW;
+        at[e][h] = table - lane % 4 * 2 / BAND + row * TABLE_ROW + (TALL ? 0 : h);
+      }
     }
   }
-}
+};
 
-// S += mask of one block, by a product in bfloat16, whatever the elements.
+// S += mask of one block, by a product in bfloat16, whatever the elements. A block's columns are in the first 8 or in
+// the last 8 of all.
 __device__ __forceinline__ void mask_columns(float (&s)[4], int block, const unsigned (&lacks)[2], int lane) {
-  unsigned a[4];
+  const int first = block * BLOCK_COLUMNS;
+  unsigned a[2];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {  // rows lane / 4 + 8 (i % 2), columns 2 (lane % 4) + 8 (i / 2) and the next one
-    const int column = block * BLOCK_COLUMNS + (BLOCK_ROWS == 8 ? i % 2 : 0) - 8 * (i / 2);
-    a[i] = column / 2 == lane % 4 && column >= 0 ? (column % 2 ? 0x3f800000u : 0x3f80u) : 0u;
+  for (int h = 0; h < 2; ++h) {  // rows lane / 4 + 8 h, columns 2 (lane % 4) and the next one
+    const int column = first % 8 + (TALL ? 0 : h);
+    a[h] = column / 2 == lane % 4 ? (column % 2 ? 0x3f800000u : 0x3f80u) : 0u;
   }
-  Mma<bfloat16>::m16n8k16(s, a[0], a[1], a[2], a[3], lacks[0], lacks[1], s);
+  Mma<bfloat16>::m16n8k8(s, a[0], a[1], lacks[first / 8], s);
 }

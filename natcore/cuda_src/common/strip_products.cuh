@@ -14,8 +14,7 @@ __device__ __forceinline__ void score(Scores& s, const unsigned (&query)[GROUPS]
                                       const unsigned (&keys)[D_STEPS],
                                       const float* const (&bias)[2][2], unsigned lacks, int lane) {
   unsigned mask[GROUPS][2];
-#pragma unroll
-  for (int g = 0; g < GROUPS; ++g) as_mask(mask[g], CLAMPED ? lacks >> 4 * g : 0);
+  as_masks(mask, CLAMPED ? lacks : 0);
 #pragma unroll
   for (int b = 0; b < TILE_BLOCKS; ++b) {
     unsigned key[D_STEPS][4];

@@ -119,9 +119,10 @@ constexpr int SCALARS_AT = TABLE_AT + HEADS * 2 * TABLE * 4;
 // KEYS: {lse, d_lse - delta} of seen queries. QUERIES: lse of own ones, then d_lse.
 constexpr int SCALARS_ROW = OWN_KEYS ? HEADS * COLUMNS * 8 : HEADS * STRIP * 4;
 constexpr int SUMS_AT =
-    SCALARS_AT + SCALARS_ROW * (OWN_KEYS ? SEEN_ROWS : PASS == QUERIES ? 2 * OWN_RING * BAND : 0);  // of drpb
+    SCALARS_AT + SCALARS_ROW * (OWN_KEYS ? SEEN_ROWS : PASS == QUERIES ? 2 * OWN_RING * BAND : 0);
+constexpr int SUMS = ENTRIES + 1;  // of a warp: drpb, and one for sums that are of no entry
 #ifdef RPB
-constexpr int SUMS_BYTES = PASS == QUERIES ? CONSUMERS * ENTRIES * 4 : 0;
+constexpr int SUMS_BYTES = PASS == QUERIES ? CONSUMERS * SUMS * 4 : 0;
 #else
 constexpr int SUMS_BYTES = 0;
 #endif
@@ -199,6 +200,12 @@ struct Run {
   __device__ __forceinline__ Interval rows_of(int band) const {
     const int y = band * BAND;
     return {seen_by(0, y, length[0]).start, seen_by(0, smaller(y + BAND, length[0]) - 1, length[0]).end};
+  }
+  // Whether no window of a band of queries is clamped on axis 0: all such bands see the same, relative to their row.
+  __device__ __forceinline__ bool is_inner(int band) const {
+    if (OWN_KEYS || STRIDE_0 > 1) return false;
+    const int y = band * BAND, before = CAUSAL_0 ? KERNEL_0 - 1 : KERNEL_0 / 2;
+    return y >= before && y - before + BAND - 1 + KERNEL_0 <= length[0];
   }
   // The column of the map that lies first in a row of shared memory.
   __device__ __forceinline__ int origin() const { return PADDED ? start - PAD : 0; }

@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                      float scale, const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Sizes& sizes = params.sizes;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), its_lane = threadIdx.x % 32;
   const int first_head = blockIdx.x % sizes.head_groups * HEADS, slice = blockIdx.x / sizes.head_groups;
   const Interval share = share_of(sizes, slice);
   const unsigned base = shared_address(shared);
@@ -48,25 +48,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const Source queries{q, params.q, 1};
     const Sources from{{k, params.k, sizes.heads_per_kv}, {v, params.v, sizes.heads_per_kv}, queries, queries, queries,
                        nullptr, nullptr, nullptr, params.lse, params.lse};
-    produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, lane);
+    produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, its_lane);
     return;
   }
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
               params.rpb, parts.bias);
 
-  const int head = warp / TILES, number = warp % TILES;
-  const int row = lane / 4, pair = lane % 4 * 2;  // this lane's key of 8 and its first query of a group
-  // Lanes of ldmatrix: K as A operand and V as its transpose; which key of a block, which 16 bytes of it.
-  const int key_half = lane / 8 % 2, value_half = lane / 16;
-  const int key_lane = head * (D_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * SeenD::TOKEN);
-  const int value_lane = head * (V_STEPS * 32) + lane / 8 % 2 * 16 + (TALL ? 0 : value_half * SeenV::TOKEN);
   unsigned char* stage = shared + OUT_AT + warp * OUT_STAGE;
-  const float* tables = reinterpret_cast<const float*>(shared + TABLE_AT) + head * 2 * TABLE;
-
-  const Stores<HEAD_DIM_V> its(params.out, lane);
-  const int lse_row = (pair + row % 2) % BAND, lse_column = row / 2 * GROUP_COLUMNS + (pair + row % 2) / BAND;
-  const int lse_offset = lse_row * params.lse.step[0] + lse_column * params.lse.step[1];
-
   Turn<RING> ready, held;  // the next stage to wait for; the first that is not given back
   Turn<OWN_RING> turn;
 #pragma unroll 1
@@ -74,15 +62,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const Run run(sizes, item, share.end);
     item = run.next;
     if (run.last < run.first) continue;
-    const Tile tile(run, number);
-    unsigned lacks = 0;
-    if (tile.clamped) {
-#pragma unroll
-      for (int g = 0; g < GROUPS; ++g)
-        lacks |= lacking(tile.group(g), tile.block(g, run.length[1]), run.length[1], lane) << 4 * g;
-    }
+    const Tile tile(run, warp % TILES);
+    // What depends on them is made once a run: not before, not once a band.
+    const int head = anew(warp / TILES), lane = anew(its_lane);
+    const float* tables = reinterpret_cast<const float*>(shared + TABLE_AT) + head * 2 * TABLE;
+    const int row = lane / 4, pair = lane % 4 * 2;  // this lane's key of 8 and its first query of a group
+    // Lanes of ldmatrix: K as A operand and V as its transpose; which key of a block, which 16 bytes of it.
+    const int key_half = lane / 8 % 2, value_half = lane / 16;
+    const int key_lane = head * (D_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * SeenD::TOKEN);
+    const int value_lane = head * (V_STEPS * 32) + lane / 8 % 2 * 16 + (TALL ? 0 : value_half * SeenV::TOKEN);
+    const Stores<HEAD_DIM_V> its(params.out, lane);
+    const int lse_row = (pair + row % 2) % BAND, lse_column = row / 2 * GROUP_COLUMNS + (pair + row % 2) / BAND;
+    const int lse_offset = lse_row * params.lse.step[0] + lse_column * params.lse.step[1];
+    const unsigned lacks = anew(lacking(tile, run.length[1], lane));
     const int block = tile.block(0, run.length[1]);
-    const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE - pair / BAND;
+    const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE;
     const int key_byte = key_lane + (block - run.origin()) * SeenD::TOKEN;
     const int value_byte = value_lane + (block - run.origin()) * SeenV::TOKEN;
     const int query_byte = (tile.x - run.start + lane % 8 / BAND) * OwnD::TOKEN + head * (D_STEPS * 32);
@@ -90,6 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     Element* its_out = run.base(out, params.out, first_head + head) + x * params.out.step[1];
     float* its_lse = run.base(lse, params.lse, first_head + head) + x * params.lse.step[1];
     const bool stores_lse = lse != nullptr && row < 2 * GROUPS && tile.owns(lse_column, run.length[1]);
+    BiasRows bias;
     Interval rows = run.rows_of(run.first);
     int least = stage_of(rows.start), most = least;  // stages held: [least, most)
 
@@ -112,13 +107,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         const int first = SHIFT + (held.slot - least) * BAND;
         find_seen<SeenD>(keys, base + SEEN_D_AT, key_byte, rows, lane % 8 + (TALL ? 8 * key_half : 0), first);
         find_seen<SeenV>(values, base + SEEN_V_AT, value_byte, rows, lane % 8 + (TALL ? 8 * value_half : 0), first);
-        const float* bias[2][2];
-        find_bias(bias, table, rows, y, run.length[0], lane);
+        bias.turn_to(run, band, rows, table, lane);
         Scores s;
         if (tile.clamped) {
-          score<true>(s, query, keys, bias, lacks, lane);
+          score<true>(s, query, keys, bias.at, lacks, lane);
         } else {
-          score<false>(s, query, keys, bias, lacks, lane);
+          score<false>(s, query, keys, bias.at, lacks, lane);
         }
         float top[GROUPS][2], sum[GROUPS][4] = {}, o[GROUPS][V_STEPS][4] = {};
         soften(s, top, parts.unit);

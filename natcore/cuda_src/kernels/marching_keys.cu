@@ -29,7 +29,6 @@ struct Params {
 struct Seen {
   unsigned queries[D_STEPS], queries_transposed[D_STEPS], gradients[V_STEPS], gradients_transposed[V_STEPS];
   const float2* scalars[2];
-  const float* bias[2][2];
 };
 
 // What a warp keeps of its run in shared memory, because registers are scarce: where dk and dv of the tile's first
@@ -46,13 +45,12 @@ struct Results {
 
 // Adds to dK^T and dV^T of a tile what one row of blocks gives.
 template <bool CLAMPED>
-__device__ __forceinline__ void differentiate(Results& results, const Seen& seen,
+__device__ __forceinline__ void differentiate(Results& results, const Seen& seen, const BiasRows& bias,
                                               const unsigned (&key)[GROUPS][2 * D_STEPS],
                                               const unsigned (&value)[GROUPS][2 * V_STEPS],
                                               unsigned lacks, float unit, int lane) {
   unsigned mask[GROUPS][2];
-#pragma unroll
-  for (int g = 0; g < GROUPS; ++g) as_mask(mask[g], CLAMPED ? lacks >> 4 * g : 0);
+  as_masks(mask, CLAMPED ? lacks : 0);
 #pragma unroll
   for (int b = 0; b < (CLAMPED ? EDGE_BLOCKS : TILE_BLOCKS); ++b) {
     unsigned query[D_STEPS][4], gradient[V_STEPS][4], query_t[D_STEPS][4], gradient_t[V_STEPS][4];
@@ -67,7 +65,7 @@ __device__ __forceinline__ void differentiate(Results& results, const Seen& seen
       if (!CLAMPED && (b < g * STEP || b >= g * STEP + BLOCKS)) continue;
       float p[4], ds[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) p[i] = seen.bias[i % 2][i / 2][b * BLOCK_COLUMNS - g * GROUP_COLUMNS];
+      for (int i = 0; i < 4; ++i) p[i] = bias.at[i % 2][i / 2][b * BLOCK_COLUMNS - g * GROUP_COLUMNS];
       if (CLAMPED) mask_columns(p, b, mask[g], lane);
       multiply(p, query, key[g], p);
       multiply(ds, gradient, value[g], minus_delta);
@@ -173,18 +171,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll 1
   for (int item = share.start; item < share.end; item = place.next) {
     const Run run(sizes, item, share.end);
+    const int lane = anew(its_lane);  // what depends on it is not worth a register from run to run
     __syncwarp();
     if (lane == 0) place.last = run.last, place.next = run.next;
     __syncwarp();
     if (run.last < run.first) continue;
     const Tile tile(run, number);
     const int block = tile.block(0, run.length[1]);
-    unsigned lacks = 0;
-    if (tile.clamped) {
-#pragma unroll
-      for (int g = 0; g < GROUPS; ++g) lacks |= lacking(tile.group(g), block, run.length[1], lane) << 4 * g;
-    }
-    kept(lane) = lacks;
+    kept(lane) = lacking(tile, run.length[1], lane);
     const float* its_table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE;
     const long long x = tile.x;
     __syncwarp();
@@ -224,6 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll 1
         for (Interval list = rows; list.start < list.end; list.start += BLOCK_ROWS) {
           Seen seen;
+          BiasRows bias;
           // Lanes of ldmatrix: Q and dO as A operands, and their transposes; which query of a block, which 16 bytes.
           const int half = lane / 8 % 2, transposed_half = lane / 16, first_column = block - run.origin();
           const int column = first_column + (TALL ? 0 : half), column_t = first_column + (TALL ? 0 : transposed_half);
@@ -237,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
           find_seen<SeenV>(seen.gradients, base + SEEN_V_AT, v_byte, list, query, first);
           find_seen<SeenD>(seen.queries_transposed, base + SEEN_D_AT, d_byte_t, list, query_t, first);
           find_seen<SeenV>(seen.gradients_transposed, base + SEEN_V_AT, v_byte_t, list, query_t, first);
-          find_bias(seen.bias, its_table - anew(lane) % 4 * 2 / BAND, list, y, run.length[0], anew(lane));
+          bias.turn_to(run, band, list, its_table, anew(lane));
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int place = smaller(list.start + lane / 4 + (TALL ? 8 * h : 0), list.end - 1) + first;
@@ -245,9 +240,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
             seen.scalars[h] = reinterpret_cast<const float2*>(shared + SCALARS_AT + at) + (TALL ? 0 : h);
           }
           if (tile.clamped) {
-            differentiate<true>(results, seen, key, value, kept(lane), parts.unit, anew(lane));
+            differentiate<true>(results, seen, bias, key, value, kept(lane), parts.unit, anew(lane));
           } else {
-            differentiate<false>(results, seen, key, value, 0, parts.unit, lane);
+            differentiate<false>(results, seen, bias, key, value, 0, parts.unit, lane);
           }
         }
         const int left = run.length[0] - y;

@@ -56,19 +56,17 @@ __device__ __forceinline__ float find_delta(const unsigned char* gradients, cons
 // and transposed for dQ, and the bias of the first block's first column.
 struct Seen {
   unsigned keys[D_STEPS], keys_transposed[D_STEPS], values[V_STEPS];
-  const float* bias[2][2];
 };
 
 // dQ^T of a tile and its share of the sums.
 template <bool CLAMPED>
-__device__ __forceinline__ void differentiate(float (&dq)[GROUPS][D_STEPS][4], BiasSums& sums, const Seen& seen,
+__device__ __forceinline__ void differentiate(float (&dq)[GROUPS][D_STEPS][4], BiasSums& sums, const Seen& seen, const BiasRows& bias,
                                               const unsigned (&query)[GROUPS][2 * D_STEPS],
                                               const unsigned (&gradient)[GROUPS][2 * V_STEPS],
                                               const float (&lse)[GROUPS][2], const float (&minus_delta)[GROUPS][2],
                                               unsigned lacks, float unit, int lane) {
   unsigned mask[GROUPS][2];
-#pragma unroll
-  for (int g = 0; g < GROUPS; ++g) as_mask(mask[g], CLAMPED ? lacks >> 4 * g : 0);
+  as_masks(mask, CLAMPED ? lacks : 0);
 #pragma unroll
   for (int b = 0; b < TILE_BLOCKS; ++b) {
     unsigned key[D_STEPS][4], value[V_STEPS][4], transposed[D_STEPS][4];
@@ -82,7 +80,7 @@ __device__ __forceinline__ void differentiate(float (&dq)[GROUPS][D_STEPS][4], B
       float s[4], ds[4];
       const float start[4] = {minus_delta[g][0], minus_delta[g][1], minus_delta[g][0], minus_delta[g][1]};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[i] = seen.bias[i % 2][i / 2][own * BLOCK_COLUMNS];
+      for (int i = 0; i < 4; ++i) s[i] = bias.at[i % 2][i / 2][own * BLOCK_COLUMNS];
       if (CLAMPED) mask_columns(s, own, mask[g], lane);
       multiply(s, key, query[g], s);
       multiply(ds, value, gradient[g], start);
@@ -136,14 +134,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
               params.rpb, parts.bias);
 
   const int head = warp / TILES, number = warp % TILES;
-  // Lanes of ldmatrix: K and V as A operands, and the transpose of K; which key of a block, which 16 bytes of it.
-  const int key_half = lane / 8 % 2, transposed_half = lane / 16;
-  const int key_lane = head * (D_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * SeenD::TOKEN);
-  const int value_lane = head * (V_STEPS * 32) + lane / 16 * 16 + (TALL ? 0 : key_half * SeenV::TOKEN);
-  const int transposed_lane = head * (D_STEPS * 32) + lane / 8 % 2 * 16 + (TALL ? 0 : transposed_half * SeenD::TOKEN);
   unsigned char* stage = shared + OUT_AT + warp * OUT_STAGE;
   const float* tables = reinterpret_cast<const float*>(shared + TABLE_AT) + head * 2 * TABLE;
-  float* its_sums = reinterpret_cast<float*>(shared + SUMS_AT) + warp * ENTRIES;
+  float* its_sums = reinterpret_cast<float*>(shared + SUMS_AT) + warp * SUMS;
 
   volatile Place& place = *reinterpret_cast<volatile Place*>(shared + PLACES_AT + warp * PLACE);
   // What a lane keeps of its run: where its keys, its values and its keys to be transposed lie in a row, and the
@@ -157,23 +150,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll 1
   for (int item = share.start; item < share.end; item = place.next) {
     const Run run(sizes, item, share.end);
+    const int lane = anew(its_lane);  // what depends on it is not worth a register from run to run
     __syncwarp();
     if (lane == 0) place.last = run.last, place.next = run.next;
     __syncwarp();
     if (run.last < run.first) continue;
     const Tile tile(run, number);
-    unsigned lacks = 0;
-    if (tile.clamped) {
-#pragma unroll
-      for (int g = 0; g < GROUPS; ++g)
-        lacks |= lacking(tile.group(g), tile.block(g, run.length[1]), run.length[1], lane) << 4 * g;
-    }
     const int block = tile.block(0, run.length[1]);
     const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE;
-    kept(3, lane) = lacks;
-    kept(0, lane) = key_lane + (block - run.origin()) * SeenD::TOKEN;
-    kept(1, lane) = value_lane + (block - run.origin()) * SeenV::TOKEN;
-    kept(2, lane) = transposed_lane + (block - run.origin()) * SeenD::TOKEN;
+    // Lanes of ldmatrix: K and V as A operands, and the transpose of K; which key of a block, which 16 bytes of it.
+    const int key_half = lane / 8 % 2, transposed_half = lane / 16, first_column = block - run.origin();
+    const int column = first_column + (TALL ? 0 : key_half), column_t = first_column + (TALL ? 0 : transposed_half);
+    kept(0, lane) = column * SeenD::TOKEN + head * (D_STEPS * 32) + lane / 16 * 16;
+    kept(1, lane) = column * SeenV::TOKEN + head * (V_STEPS * 32) + lane / 16 * 16;
+    kept(2, lane) = column_t * SeenD::TOKEN + head * (D_STEPS * 32) + lane / 8 % 2 * 16;
+    kept(3, lane) = lacking(tile, run.length[1], lane);
     const long long x = tile.x;
     const int its_head = first_head + head;
     if (lane == 0) {
@@ -183,6 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     }
     __syncwarp();
 
+    BiasRows bias;
     Interval rows = run.rows_of(run.first);
     int least = stage_of(rows.start), most = least;  // stages held: [least, most)
 
@@ -240,21 +232,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         mbarrier_wait(barriers.full(ready.slot), ready.phase);
       if (tile.exists) {
         Seen seen;
-        const int first = SHIFT + (held.slot - least) * BAND, key = lane % 8 + (TALL ? 8 * key_half : 0);
+        const int first = SHIFT + (held.slot - least) * BAND, key = lane % 8 + (TALL ? lane / 8 % 2 * 8 : 0);
         find_seen<SeenD>(seen.keys, base + SEEN_D_AT, kept(0, lane), rows, key, first);
         find_seen<SeenV>(seen.values, base + SEEN_V_AT, kept(1, lane), rows, key, first);
         find_seen<SeenD>(seen.keys_transposed, base + SEEN_D_AT, kept(2, lane), rows,
-                         lane % 8 + (TALL ? 8 * transposed_half : 0), first);
-        find_bias(seen.bias, table - lane % 4 * 2 / BAND, rows, y, run.length[0], lane);
+                         lane % 8 + (TALL ? lane / 16 * 8 : 0), first);
+        bias.turn_to(run, band, rows, table, lane);
 #ifdef RPB
-        sums.turn_to(rows.start - y, rows.end - rows.start, block - tile.x, its_sums, lane);
+        sums.turn_to(rows.start - y, block - tile.x, its_sums, lane);
 #endif
         float result[GROUPS][D_STEPS][4] = {};
         if (tile.clamped) {
-          differentiate<true>(result, sums, seen, query, gradient, its_lse, minus_delta, kept(3, lane), parts.unit,
+          differentiate<true>(result, sums, seen, bias, query, gradient, its_lse, minus_delta, kept(3, lane), parts.unit,
                               anew(lane));
         } else {
-          differentiate<false>(result, sums, seen, query, gradient, its_lse, minus_delta, 0, parts.unit, lane);
+          differentiate<false>(result, sums, seen, bias, query, gradient, its_lse, minus_delta, 0, parts.unit, lane);
         }
         __syncwarp();  // the stage has been read
         const float factor[2] = {scale, scale};
@@ -285,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const int of_head = i / ENTRIES, entry = i % ENTRIES;
     float sum = 0.f;
     for (int w = of_head * TILES; w < (of_head + 1) * TILES; ++w)
-      sum += reinterpret_cast<const float*>(shared + SUMS_AT)[w * ENTRIES + entry];
+      sum += reinterpret_cast<const float*>(shared + SUMS_AT)[w * SUMS + entry];
     drpb_partials[(static_cast<long long>(slice) * sizes.head_groups * HEADS + first_head) * ENTRIES + i] = sum;
   }
 #endif
