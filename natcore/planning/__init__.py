@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from natcore.planning import banded, general, marching, tiled
 from natcore.planning.plan import (
     Candidate,
@@ -51,8 +53,14 @@ CANDIDATES: tuple[Candidate, ...] = (marching.CANDIDATE, tiled.CANDIDATE, banded
 
 
 def candidates(call: Call, facts: DeviceFacts) -> tuple[Candidate, ...]:
-    """The candidates that can run the call on the GPU, the preferred first."""
-    return tuple(c for c in CANDIDATES if refusal(c, call, facts) is None)
+    """The candidates that can run the call on the GPU, the preferred first.
+
+    Neighbours with cost models are in the order of their clocks, all others in that of `CANDIDATES`.
+    """
+    able = [c for c in CANDIDATES if refusal(c, call, facts) is None]
+    modelled = groupby(able, key=lambda c: c.clocks is not None)
+    rank = {c.name: c.clocks(call, facts) for c in able if c.clocks is not None}
+    return tuple(c for _, group in modelled for c in sorted(group, key=lambda c: rank.get(c.name, 0.0)))
 
 
 def refusal(candidate: Candidate, call: Call, facts: DeviceFacts) -> str | None:
@@ -72,9 +80,9 @@ def choose(call: Call, facts: DeviceFacts, config: Config | None = None) -> Cand
     """
     if config is None:
         able = candidates(call, facts)
-        if able:
-            return able[0]
-        raise NotImplementedError(refusal(CANDIDATES[-1], call, facts))
+        if not able:
+            raise NotImplementedError(refusal(CANDIDATES[-1], call, facts))
+        return able[0]
     named = {c.name: c for c in CANDIDATES}
     if config.kernel not in named:
         raise ValueError(f"config names the kernel {config.kernel!r}; there are {', '.join(named)}.")

@@ -12,7 +12,7 @@ from math import prod
 
 from natcore.planning import listed
 from natcore.planning.banded_geometry import up
-from natcore.planning.marching_cost import choose_geometry
+from natcore.planning.marching_cost import choose_geometry, cost
 from natcore.planning.marching_geometry import PASSES, Geometry, Pass
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
 from natcore.planning.plan import (
@@ -122,6 +122,11 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     return None
 
 
+def clocks(call: Call, facts: DeviceFacts) -> float:
+    """By the cost model, of all passes."""
+    return sum(cost(_chosen(call, facts, {}, of), facts) for of in passes_of(call.direction))
+
+
 def _listed() -> tuple[Call, ...]:
     return listed.small_windows("forward") + listed.small_windows("backward")
 
@@ -133,4 +138,5 @@ CANDIDATE = Candidate(
     refusal,
     plan,
     _listed,
+    clocks=clocks,
 )

@@ -40,6 +40,7 @@ RATES: dict[Pass, Rates] = {
     "queries": Rates(55.8, 10.2, 17.3, 19.5, 0.004, 0.25, 23600.0, 0.014, 0.0),
     "keys": Rates(147.0, 16.7, 2.95, 22.2, 0.012, 0.19, 42100.0, 0.013, 0.0),
 }
+MASKED = 1.1  # a tile's cost where all windows count as clamped
 MOST_TILES, MOST_STAGES = 15, 8  # of a block; of a ring
 MORE_REGISTERS = {90: 1.0, 100: 1.65}, 1.35  # what compilers take, of those counted, without spills; elsewhere
 REGISTERS = ((20, 96), (16, 128), (12, 168), (8, 255))  # of a thread, where a multiprocessor has so many warps
@@ -139,6 +140,7 @@ def cost(g: Geometry, facts: DeviceFacts) -> float:
         bands += 1
     width = (g.problem.head_dim + g.problem.head_dim_v) / 64
     tile = rates.tile + rates.unit * g.groups * g.reach.blocks * g.row_blocks * width
+    tile *= MASKED if g.axes[1].stride > 1 else 1
     tile += rates.line * g.lines / g.consumers
     warps, producers = g.consumers * g.blocks_per_sm, g.producers * g.blocks_per_sm
     rows = g.band * g.reach.columns * g.heads * width

@@ -126,6 +126,8 @@ class Candidate:
     listed: Callable[[], tuple[Call, ...]]
     directions: tuple[Direction, ...] = ("forward", "backward")
     dropout: bool = False  # whether it drops attention weights
+    #: What a call that it can run costs, in clocks of the busiest multiprocessor, by its cost model.
+    clocks: Callable[[Call, DeviceFacts], float] | None = None
 
 
 def capability(arch: str) -> int:

@@ -26,7 +26,7 @@ from natcore.planning.plan import (
     Scale,
 )
 from natcore.planning.tiling import TILE_QUERIES, Geometry
-from natcore.planning.tiling_cost import MAX_BLOCKS, TILES, choose_geometry, is_legal
+from natcore.planning.tiling_cost import MAX_BLOCKS, TILES, choose_geometry, cost, is_legal
 from natcore.problem import OPERANDS, Call, Problem
 
 _LAYOUTS = ("q", "k", "v", "rpb", "out", "lse")
@@ -131,6 +131,13 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     return None
 
 
+def clocks(call: Call, facts: DeviceFacts) -> float:
+    """By the cost model."""
+    if call.problem.batch == 0:
+        return 0.0
+    return cost(configured(call, facts, {}), facts.shared_bytes_per_block, facts.multiprocessors)
+
+
 CANDIDATE = Candidate(
     "tiled",
     (KernelInfo("tiled_forward", ("sm_80+",), max_registers=255, max_shared_bytes=0),),
@@ -138,4 +145,5 @@ CANDIDATE = Candidate(
     refusal,
     plan,
     partial(listed.small_windows, "forward"),
+    clocks=clocks,
 )
