@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     if (run.last < run.first) continue;
     const Tile tile(run, warp % TILES);
     // What depends on them is made once a run: not before, not once a band.
-    const int head = anew(warp / TILES), lane = anew(its_lane);
+    const int head = anew(warp / TILES), lane = anew_lane(its_lane);
     const float* tables = reinterpret_cast<const float*>(shared + TABLE_AT) + head * 2 * TABLE;
     const int row = lane / 4, pair = lane % 4 * 2;  // this lane's key of 8 and its first query of a group
     // Lanes of ldmatrix: K as A operand and V as its transpose; which key of a block, which 16 bytes of it.

@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll 1
   for (int item = share.start; item < share.end; item = place.next) {
     const Run run(sizes, item, share.end);
-    const int lane = anew(its_lane);  // what depends on it is not worth a register from run to run
+    const int lane = anew_lane(its_lane);  // what depends on it is not worth a register from run to run
     __syncwarp();
     if (lane == 0) place.last = run.last, place.next = run.next;
     __syncwarp();
@@ -196,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int y = band * BAND;
       mbarrier_wait(barriers.own_full(turn.slot), turn.phase);
       unsigned key[GROUPS][2 * D_STEPS], value[GROUPS][2 * V_STEPS];
-      const int lane = anew(its_lane);  // what depends on it is not worth a register from band to band
+      const int lane = anew_lane(its_lane);  // what depends on it is not worth a register from band to band
       const int own_row = turn.slot * BAND + lane % 8 % BAND, own_column = place.column + lane % 8 / BAND;
       const int key_byte = own_column * OwnD::TOKEN + head * (D_STEPS * 32);
       const int value_byte = own_column * OwnV::TOKEN + head * (V_STEPS * 32);
@@ -232,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
           find_seen<SeenV>(seen.gradients, base + SEEN_V_AT, v_byte, list, query, first);
           find_seen<SeenD>(seen.queries_transposed, base + SEEN_D_AT, d_byte_t, list, query_t, first);
           find_seen<SeenV>(seen.gradients_transposed, base + SEEN_V_AT, v_byte_t, list, query_t, first);
-          bias.turn_to(run, band, list, its_table, anew(lane));
+          bias.turn_to(run, band, list, its_table, anew_lane(lane));
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int place = smaller(list.start + lane / 4 + (TALL ? 8 * h : 0), list.end - 1) + first;
@@ -240,14 +240,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
             seen.scalars[h] = reinterpret_cast<const float2*>(shared + SCALARS_AT + at) + (TALL ? 0 : h);
           }
           if (tile.clamped) {
-            differentiate<true>(results, seen, bias, key, value, kept(lane), parts.unit, anew(lane));
+            differentiate<true>(results, seen, bias, key, value, kept(lane), parts.unit, anew_lane(lane));
           } else {
             differentiate<false>(results, seen, bias, key, value, 0, parts.unit, lane);
           }
         }
         const int left = run.length[0] - y;
-        const Stores<HEAD_DIM> its_dk(params.dk, anew(lane));
-        const Stores<HEAD_DIM_V> its_dv(params.dv, anew(lane));
+        const Stores<HEAD_DIM> its_dk(params.dk, anew_lane(lane));
+        const Stores<HEAD_DIM_V> its_dv(params.dv, anew_lane(lane));
         if (dk != nullptr)
           store(place.dk + static_cast<long long>(y) * params.dk.step[0], params.dk, its_dk, tile, results.dk, scale,
                 stage, left, run.length[1], lane);

@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll 1
   for (int item = share.start; item < share.end; item = place.next) {
     const Run run(sizes, item, share.end);
-    const int lane = anew(its_lane);  // what depends on it is not worth a register from run to run
+    const int lane = anew_lane(its_lane);  // what depends on it is not worth a register from run to run
     __syncwarp();
     if (lane == 0) place.last = run.last, place.next = run.next;
     __syncwarp();
@@ -183,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int y = band * BAND;
       mbarrier_wait(barriers.own_full(turn.slot), turn.phase);
       unsigned query[GROUPS][2 * D_STEPS], gradient[GROUPS][2 * V_STEPS];
-      const int lane = anew(its_lane), row = lane / 4;  // what depends on it is not worth a register from band to band
+      const int lane = anew_lane(its_lane), row = lane / 4;  // what depends on it is not worth a register from band to band
       const int own_row = turn.slot * BAND + lane % 8 % BAND, column = place.column;
       const int query_byte = (column + lane % 8 / BAND) * OwnD::TOKEN + head * (D_STEPS * 32);
       const int gradient_byte = (column + lane % 8 / BAND) * OwnV::TOKEN + head * (V_STEPS * 32);
@@ -244,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         float result[GROUPS][D_STEPS][4] = {};
         if (tile.clamped) {
           differentiate<true>(result, sums, seen, bias, query, gradient, its_lse, minus_delta, kept(3, lane), parts.unit,
-                              anew(lane));
+                              anew_lane(lane));
         } else {
           differentiate<false>(result, sums, seen, bias, query, gradient, its_lse, minus_delta, 0, parts.unit, lane);
         }
@@ -253,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) stage_group(stage + g * 8 * OutRows::PITCH, result[g], factor, lane);
         __syncwarp();
-        const Stores<HEAD_DIM> its(params.dq, anew(lane));
+        const Stores<HEAD_DIM> its(params.dq, anew_lane(lane));
         if (dq != nullptr)
 #pragma unroll
           for (int g = 0; g < GROUPS; ++g)
