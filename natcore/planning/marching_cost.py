@@ -44,6 +44,7 @@ MASKED = 1.1  # a tile's cost where all windows count as clamped
 MOST_TILES, MOST_STAGES = 15, 8  # of a block; of a ring
 MORE_REGISTERS = {90: 1.0, 100: 1.65}, 1.35  # what compilers take, of those counted, without spills; elsewhere
 REGISTERS = ((20, 96), (16, 128), (12, 168), (8, 255))  # of a thread, where a multiprocessor has so many warps
+SQUEEZED = 1.28, 1.05  # the forward does with 96 where so many more are counted; and what that costs
 RESERVED = 1024  # bytes of shared memory that the driver takes from every block
 
 
@@ -92,8 +93,8 @@ def geometries(
             fixed = "tiles" in options and "heads" in options
             if problem.heads % its_heads or (tiles - 1) * g.strip // tiles >= g.width or (spare < least and not fixed):
                 continue
-            producers = options.get("producers", max(1, min(spare, 3)))
-            yield from _rings(g, producers, facts, options)
+            for producers in free("producers", list(range(1, max(1, min(spare, 3)) + 1))):
+                yield from _rings(g, producers, facts, options)
 
 
 def _rings(g: Geometry, producers: int, facts: DeviceFacts, options: Mapping[str, int]) -> Iterator[Geometry]:
@@ -128,7 +129,10 @@ def max_warps(g: Geometry, facts: DeviceFacts) -> int:
         needed += 10
     of_arch, elsewhere = MORE_REGISTERS
     needed *= of_arch.get(capability(facts.arch), elsewhere)
-    return next((warps for warps, registers in REGISTERS if needed <= registers), 4)
+    most, *others = REGISTERS
+    if g.of == "forward" and needed <= most[1] * SQUEEZED[0]:
+        return most[0]
+    return next((warps for warps, registers in (most, *others) if needed <= registers), 4)
 
 
 def cost(g: Geometry, facts: DeviceFacts) -> float:
@@ -145,6 +149,7 @@ def cost(g: Geometry, facts: DeviceFacts) -> float:
     warps, producers = g.consumers * g.blocks_per_sm, g.producers * g.blocks_per_sm
     rows = g.band * g.reach.columns * g.heads * width
     step = max(g.consumers * tile * (1 + rates.few / warps), rows * rates.column) * g.blocks_per_sm
+    step *= SQUEEZED[1] if warps + producers > REGISTERS[1][0] else 1
     waits = (1 + rates.spare / (g.ring - g.rows[1] + g.own_keys)) * (1 + rates.alone / producers**2)
     waits *= 1 + rates.coupled * g.consumers
     return rates.start + bands * step * waits

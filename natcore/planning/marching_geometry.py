@@ -6,7 +6,7 @@ tiles down which a block marches with some heads, and the rings of rows in its s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 from natcore.planning.banded_geometry import intervals, up
 from natcore.planning.marching_reach import Reach, reach_of_keys, reach_of_queries, rows_of
 from natcore.planning.plan import DeviceFacts
-from natcore.planning.tiling import Axis
+from natcore.planning.tiling import Axis, altered
 from natcore.problem import Problem
 
 Pass = Literal["forward", "queries", "keys"]  # the values of PASS, in this order
@@ -54,7 +54,7 @@ class Geometry:
     of: Pass = "forward"
 
     def with_ring(self, ring: int, producers: int) -> Geometry:
-        return replace(self, ring=ring, producers=producers)
+        return altered(self, ring=ring, producers=producers)
 
     @cached_property
     def axes(self) -> tuple[Axis, Axis]:
@@ -72,7 +72,7 @@ class Geometry:
     def strip(self) -> int:
         return self.tiles * self.groups * self.group_columns
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns of the longest dilation group."""
         return self.axes[1].lengths[0]
@@ -90,14 +90,14 @@ class Geometry:
         find = reach_of_keys if self.own_keys else reach_of_queries
         return find(self.axes[1], self.group_columns, self.block_columns, self.groups, self.tiles)
 
-    @property
+    @cached_property
     def shift(self) -> int:
         rows = self.axes[0]
         if self.own_keys:
             return (0 if rows.causal else rows.kernel - 1 - rows.kernel // 2) % self.band
         return (rows.kernel - 1 if rows.causal else rows.kernel // 2) % self.band
 
-    @property
+    @cached_property
     def rows(self) -> tuple[int, int]:
         return rows_of(self.axes[0], self.band, self.shift, self.own_keys)
 
@@ -173,7 +173,7 @@ class Geometry:
             and self.items < 1 << 31
         )
 
-    @property
+    @cached_property
     def steps(self) -> tuple[int, int]:
         """Of 16 elements: of a head, and of one of v."""
         return up(self.problem.head_dim, 16) // 16, up(self.problem.head_dim_v, 16) // 16
@@ -213,7 +213,7 @@ class Geometry:
         rows, columns = self.axes
         return (2 * rows.kernel - 1) * (2 * columns.kernel - 1)
 
-    @property
+    @cached_property
     def table(self) -> int:
         """TABLE of common/strips.cuh: floats of one bias table."""
         k = self.axes[0].kernel
