@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from natcore import reference
 from natcore.backends import prepare
-from natcore.planning import Config, facts_for_arch, marching, operands, plan_for, tiled, tiling
+from natcore.planning import Config, candidates, facts_for_arch, operands, plan_for, tiled, tiling
 from natcore.problem import OPERANDS, Call, call_of, problem_of
 from natcore.views import Device, View, contiguous_strides
 from tests.cases import CASES, Case, check, inputs, random_case
@@ -107,13 +107,17 @@ def test_windows_agree_with_the_reference() -> None:
 
 
 def test_planner_prefers_it() -> None:
-    """The marching kernel takes wide maps, the tiled kernel all others it can; the general kernel takes the rest."""
+    """What it can run is a tensor core kernel's: on wide maps also the marching one can, and the cheaper one does."""
     for case in ABLE:
         if case.batch:
-            wide = case.rank == 2 and case.spatial[1] // case.window.dilation[1] >= marching.LEAST_COLUMNS
-            launches = plan_for(call_for(case, "float16"), FACTS).launches
-            expected = "marching_forward" if wide else "tiled_forward"
-            assert [launch.kernel.name for launch in launches] == [expected], case.name
+            call = call_for(case, "float16")
+            preferred, *others = candidates(call, FACTS)
+            assert preferred.name != "general", case.name
+            rivals = [c.clocks(call, FACTS) for c in (preferred, *others) if c.clocks is not None]
+            assert rivals == sorted(rivals), case.name
+            assert plan_for(call, FACTS) == preferred.plan(call, FACTS, {})
+    large = call_for(Case("nat", (56, 56), 7, batch=128, heads=2, head_dim=32, head_dim_v=32), "float16")
+    assert candidates(large, FACTS)[0].name == "marching"
     assert plan_for(call_for(ABLE[0], "float32"), FACTS).launches[0].kernel.name == "general_forward"
     with pytest.raises(NotImplementedError, match="float16 and bfloat16"):
         plan_for(call_for(ABLE[0], "float32"), FACTS, Config("tiled"))
