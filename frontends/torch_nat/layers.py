@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from natcore.problem import Window
 from torch_nat.functional import PerAxis, PerAxisFlag, na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked
+from torch_nat.recomputation import recomputed
 
 _PACKED: dict[int, Callable[..., Any]] = {1: na1d_qkvpacked, 2: na2d_qkvpacked, 3: na3d_qkvpacked}
 
@@ -128,11 +130,19 @@ class DropPath(nn.Module):
             raise ValueError(f"drop path rate {rate} must be in [0, 1).")
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """``uniform`` ``[batch]``: random numbers in [0, 1), of which those below 1 - rate keep their samples; drawn
+        here if they are not given."""
         if not self.training or self.rate == 0:
             return x
-        keep = 1 - self.rate
-        return x * x.new_empty((x.shape[0], *(1,) * (x.dim() - 1))).bernoulli_(keep).div_(keep)
+        if uniform is None:
+            uniform = torch.rand(x.shape[0], device=x.device)
+        factors = recomputed(partial(_factors, 1 - self.rate, x.dtype), uniform)
+        return x * factors.view(-1, *(1,) * (x.dim() - 1))
 
     def extra_repr(self) -> str:
         return f"{self.rate:.4g}"
+
+
+def _factors(keep: float, dtype: torch.dtype, uniform: Tensor) -> Tensor:
+    return (uniform < keep).to(dtype).div(keep)

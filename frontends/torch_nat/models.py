@@ -7,6 +7,8 @@ between the convolutions; parameter names are the published ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -135,9 +137,10 @@ class NATBlock(nn.Module):
         else:
             self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), config.layer_scale)) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(_scaled(self._attend(self.norm1(x)), self.gamma1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
+    def forward(self, x: Tensor, uniform: Sequence[Tensor | None] = (None, None)) -> Tensor:
+        """``uniform``: what decides about dropping each of the two branches (`layers.DropPath`)."""
+        x = x + self.drop_path(_scaled(self._attend(self.norm1(x)), self.gamma1), uniform[0])
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2), uniform[1])
 
     def _attend(self, x: Tensor) -> Tensor:
         """The published models pad a map that is smaller than the window with zeros, right and bottom.
@@ -156,6 +159,15 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else gamma * x
 
 
+def _through(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    """One block after the other. What decides about dropping their branches is drawn for all of them at once."""
+    drops = blocks.training and any(isinstance(block, NATBlock) and block.drop_path.rate for block in blocks)
+    uniform = torch.rand(len(blocks), 2, x.shape[0], device=x.device) if drops else None
+    for at, block in enumerate(blocks):
+        x = block(x) if uniform is None or not isinstance(block, NATBlock) else block(x, uniform[at])
+    return x
+
+
 class NATStage(nn.Module):
     """Blocks at one resolution and, but for the last stage, the way to the next."""
 
@@ -168,8 +180,7 @@ class NATStage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map before downsampling, and the next stage's input (the same for the last stage)."""
-        for block in self.blocks:
-            x = block(x)
+        x = _through(self.blocks, x)
         return x, x if self.downsample is None else self.downsample(x)
 
 
@@ -178,8 +189,7 @@ class FlatStage(nn.ModuleList):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map, twice: see NATStage."""
-        for block in self:
-            x = block(x)
+        x = _through(self, x)
         return x, x
 
 

@@ -28,13 +28,19 @@ def recomputing(function: Callable[[Tensor], Tensor], layer: Callable[[Tensor], 
     if not torch.is_grad_enabled():
         return layer(function(x))
     if torch.compiler.is_compiling():
-        # What is outside of a checkpoint is all that the partitioner may keep.
-        return layer(function(x) if is_exporting() else checkpoint(function, x, use_reentrant=False))
+        return layer(recomputed(function, x))
     y = function(x)
     if _is_saving_taken():
         return layer(y)
     with saved_tensors_hooks(partial(_pack, function, x.detach(), _place(y)), _unpack):  # autograd keeps the hooks
         return layer(y)
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), which a compiled backward pass computes again from x and does not keep."""
+    if not torch.compiler.is_compiling() or is_exporting():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False)  # what is outside of one is all that a partitioner may keep
 
 
 @torch.compiler.assume_constant_result

@@ -120,6 +120,8 @@ def test_drop_path():
     kept = per_sample[:, 0] != 0
     assert abs(kept.float().mean().item() - 0.75) < 0.03
     torch.testing.assert_close(per_sample[kept], torch.full_like(per_sample[kept], 1 / 0.75))
+    uniform = torch.tensor([0.0, 0.7499, 0.7501, 0.9999])
+    assert (layer(x[:4], uniform)[:, 0, 0] != 0).tolist() == [True, True, False, False]
     assert layer.eval()(x) is x
     assert DropPath(0.0)(x) is x
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torch_nat
@@ -134,6 +134,29 @@ def test_padding_is_not_masked():
     state = {**block.attn.state_dict(), "rpb": block.attn.rpb[:, 2:7]}
     plain.load_state_dict(state)
     assert (block._attend(y) - plain(y)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layout", ["nat", "vit_rpb"])
+def test_every_branch_of_every_sample_is_dropped_on_its_own(layout: str):
+    """At a rate of 1/2 each branch drops about half of the samples, and no two branches the same ones; branches of
+    blocks that were replaced are their own affair."""
+    torch.manual_seed(0)
+    plain, flat = replace(SMALL, num_classes=0, drop_path_rate=0.5), layout == "vit_rpb"
+    config = replace(plain, layout=layout, depths=(3,), num_heads=(2,), dilations=None) if flat else plain
+    model = torch_nat.NAT(config).train()
+    stage = model.layers if flat else model.levels[1].blocks
+    dropped: list[Tensor] = []
+    for block in stage:
+        block.drop_path.rate = 0.5
+        block.drop_path.register_forward_hook(lambda _, inputs, y: dropped.append((y == 0).flatten(1).all(1)))
+    stage[0] = nn.Sequential(stage[0])
+    images = torch.randn(64, 3, *(2 * (config.patch_size * config.kernel_size,) if flat else (40, 40)))
+    with torch.no_grad():
+        model(images)
+    assert len(dropped) == 2 * len(stage)
+    for at, one in enumerate(dropped):
+        assert 16 <= one.sum() <= 48
+        assert all((one != other).sum() >= 16 for other in dropped[:at])
 
 
 def test_it_trains():

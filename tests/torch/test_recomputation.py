@@ -96,6 +96,28 @@ def test_compiled_training_keeps_no_gelu(layer_scale: float | None):
     assert count(backward, "aten.mm.default", "aten.addmm.default") == 2 * linear
 
 
+def test_compiled_training_keeps_no_factors_of_dropped_paths():
+    """But the random numbers that all of a stage's come from."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list) -> Callable[..., object]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    model = torch_nat.create_model("nat_mini", depths=(1, 2, 1, 1), drop_path_rate=0.5).train()
+    torch.compiler.reset()
+    torch.compile(model, fullgraph=True, backend=backend)(torch.randn(2, 3, 64, 64)).sum().backward()
+    forward, backward = graphs
+    assert sum(node.target is torch.ops.aten.rand.default for node in forward.graph.nodes) == 3  # the first keeps all
+    (outputs,) = forward.graph.output_node().args
+    kept = [n.meta["val"] for n in outputs if isinstance(n, torch.fx.Node)]
+    assert not [
+        value for value in kept if value.dtype == torch.bool or (value.shape[:1] == (2,) and value.numel() == 2)
+    ]
+    assert sum(node.target is torch.ops.aten.lt.Scalar for node in backward.graph.nodes) == 8
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bits_are_those_of_the_plain_call(autocast: bool):
     mlp, x = mlp_and_input()
