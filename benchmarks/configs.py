@@ -21,7 +21,10 @@ from natcore.planning import (
     marching_cost,
     plan_for,
     tiled,
+    tiled_backward,
+    tiled_backward_cost,
     tiling_cost,
+    whole_geometry,
 )
 from natcore.planning.tiling import Geometry as TiledGeometry
 from natcore.problem import Call
@@ -148,13 +151,39 @@ def _chosen_marching(call: Call, facts: DeviceFacts) -> Cut:
     )
 
 
+def _tiled_backward(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
+    """As `_marching`."""
+    chosen = _chosen_tiled_backward(call, facts)
+    prices = [tiled_backward_cost.cost(g, facts) for g in chosen]
+    for i, its in enumerate(chosen):
+        for g in tiled_backward_cost.geometries(call.problem, facts, {}, its.of):
+            yield sum(prices) - prices[i] + tiled_backward_cost.cost(g, facts), (*chosen[:i], g, *chosen[i + 1 :])
+
+
+def _chosen_tiled_backward(call: Call, facts: DeviceFacts) -> Cut:
+    return tuple(tiled_backward_cost.choose_geometry(call.problem, facts, {}, of) for of in tiled_backward.PASSES)
+
+
+def _whole(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
+    """Other launches, among which the cost model makes no difference."""
+    for warps, heads, stages, blocks in product((4, 8, 16), (1, 2, 4, 8), (1, 2), (1, 2, 4)):
+        options = {"warps": warps, "heads": heads, "stages": stages, "blocks_per_sm": blocks}
+        g = whole_geometry.choose_geometry(call.problem, call.direction, facts, options)
+        if g is not None and warps * stages * blocks >= 8:
+            yield 1.0, (g,)
+
+
 _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
     "tiled": _tiled,
     "marching": _marching,
     "banded": _banded,
+    "whole": _whole,
+    "tiled_backward": _tiled_backward,
 }
 _CHOSEN: dict[str, Callable[[Call, DeviceFacts], Cut]] = {
+    "whole": lambda call, facts: (whole_geometry.choose_geometry(call.problem, call.direction, facts, {}),),
     "tiled": lambda call, facts: (tiled.configured(call, facts, {}),),
     "marching": _chosen_marching,
     "banded": lambda call, facts: (banded_cost.choose_geometry(call.problem, facts, {}),),
+    "tiled_backward": _chosen_tiled_backward,
 }

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from natcore.backends import prepare
-from natcore.planning import Config, facts_for_arch, marching, operands, plan_for, refusal
+from natcore.planning import Config, candidates, facts_for_arch, marching, operands, plan_for, refusal
 from natcore.planning.banded_cost import choose_geometry
 from natcore.planning.banded_geometry import Columns, intervals
 from natcore.planning.listed import contiguous_call
@@ -112,16 +112,15 @@ def assert_columns(c: Columns, found: list, length: int, group: int, region: int
         assert c.least <= low - first and high - 1 - first <= c.greatest
 
 
-def test_planner_prefers_it() -> None:
-    """The banded kernel takes what the marching ones refuse, as far as it can; the general kernels take the rest."""
+def test_planner_prefers_others() -> None:
+    """The marching kernels are preferred, as far as they can, then the tiled ones; the general ones take the rest."""
     for case in ABLE + MORE:
         call = contiguous_call("backward", problem_for(case, "float16"))
         marches = refusal(marching.CANDIDATE, call, FACTS) is None
         wide = case.rank == 2 and case.spatial[1] // case.window.dilation[1] >= marching.LEAST_COLUMNS
         assert wide or not marches, case.name
-        names = [launch.kernel.name for launch in plan_for(call, FACTS).launches]
-        banded = ["banded_backward", *["banded_backward_bias"] * (case.rpb is not None)]
-        assert names == (["marching_queries", "marching_keys"] if marches else banded), case.name
+        names = [c.name for c in candidates(call, FACTS) if c.name in ("marching", "tiled_backward", "banded")]
+        assert names == [*["marching"] * marches, "tiled_backward", "banded"], case.name
     other = replace(call, problem=replace(call.problem, dtype="float32"))
     assert plan_for(other, FACTS).launches[0].kernel.name.startswith("general")
     with pytest.raises(NotImplementedError, match="float16 and bfloat16"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from natcore.planning import banded, general, marching, tiled
+from natcore.planning import banded, general, marching, tiled, tiled_backward
 from natcore.planning.plan import (
     Candidate,
     Config,
@@ -49,7 +49,13 @@ __all__ = [
 ]
 
 #: Every way to run a call, the preferred first. The general kernels, last, take every valid problem.
-CANDIDATES: tuple[Candidate, ...] = (marching.CANDIDATE, tiled.CANDIDATE, banded.CANDIDATE, general.CANDIDATE)
+CANDIDATES: tuple[Candidate, ...] = (
+    marching.CANDIDATE,
+    tiled.CANDIDATE,
+    tiled_backward.CANDIDATE,
+    banded.CANDIDATE,
+    general.CANDIDATE,
+)
 
 
 def candidates(call: Call, facts: DeviceFacts) -> tuple[Candidate, ...]:

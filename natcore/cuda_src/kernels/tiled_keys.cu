@@ -1,0 +1,96 @@
+// Neighbourhood attention, backward of keys, on tensor cores: windows of one, two and three axes, 16-bit elements.
+//
+// The mirror image of tiled_queries.cu: a warp owns a tile of 16 keys, and what comes by plane by plane are the queries
+// that see them, with output gradients and the scalars that tiled_queries.cu wrote. Under grouped heads those of all
+// query heads of the key's head come, one head after the other.
+//
+//   S = K Q^T, dP = V dO^T - delta, P = exp(S - lse), dS = P dP, dV += P dO, dK += dS Q     (S, P and dS transposed)
+//
+// Keys near a border are seen by more queries than others, because windows are clamped there: boxes are of any size.
+//
+// Shared memory (3 x 7 x 7 windows of head_dim 64, regions of 2 x 4 tiles of 4 x 4): a plane of Q, dO and scalars,
+// 15 x 24 slots of 264 bytes; K and V of each warp, 4 KB; two tables of differences for each query head.
+#include "common/tiled_gradients.cuh"
+
+struct Params {
+  Sizes sizes;
+  Layout d_out, q, k, v, rpb, dk, dv, scalars;
+};
+
+struct Keys {
+  const Element *d_out, *q, *k, *v;
+  const float2* scalars;
+  Element *dk, *dv;
+  const Params& params;
+  unsigned char* shared;
+  ScaleParts parts;
+  float scale;
+  int head, warp, lane;
+
+  struct State {
+    Own own;
+    Results results;
+  };
+
+  __device__ __forceinline__ unsigned own_at() const { return shared_address(shared) + OWN_AT + warp * OWN; }
+
+  __device__ __forceinline__ void load_seen(const Region& region, int number, int plane, int stage) const {
+    const int its_head = head * SEEN_HEADS + number;
+    const unsigned target = shared_address(shared) + stage * STAGE;
+    load_plane(target, region.first_slot(q, params.q, its_head, plane), params.q,
+               region.first_slot(d_out, params.d_out, its_head, plane), params.d_out, region);
+    load_scalars(target + SCALARS_AT, region.first_slot(scalars, params.scalars, its_head, plane), params.scalars,
+                 region);
+  }
+  __device__ __forceinline__ void load_own(const Region& region, const Tile& tile) const {
+    ::load_own<HEAD_DIM, D>(own_at(), tile.base(k, params.k, region, head), params.k, tile, lane);
+    ::load_own<HEAD_DIM_V, V>(own_at() + 16 * D_PITCH, tile.base(v, params.v, region, head), params.v, tile, lane);
+  }
+  __device__ __forceinline__ void announce(State&, const Region&, const Tile&) const {}
+  __device__ __forceinline__ void begin(State& state, const Region&, const Tile&) const {
+    read_own<D>(state.own.d, own_at(), parts.query, lane);
+    read_own<V>(state.own.v, own_at() + 16 * D_PITCH, 1.f, lane);
+    state.results = Results();
+  }
+  __device__ __forceinline__ void add(State& state, const Region& region, const Tile& tile, int number, int plane,
+                                      const unsigned char* stage) const {
+    const float* table = reinterpret_cast<const float*>(shared + TABLE_AT) + (BIASED ? number * TABLES * TABLE : 0) +
+                         table_offset(tile, plane - region.owned[0], lane);
+    if (uniform(tile.plain)) {
+      differentiate<true>(state.results, state.own, tile, region, stage, table, nullptr, parts.unit, lane);
+    } else {
+      differentiate<false>(state.results, state.own, tile, region, stage, table + TABLE, nullptr, parts.unit, lane);
+    }
+  }
+  __device__ __forceinline__ void end(const State& state, const Region& region, const Tile& tile) const {
+    if (dk != nullptr)
+      store_result<HEAD_DIM, D>(tile.base(dk, params.dk, region, head), params.dk, tile, state.results.d, scale, lane);
+    if (dv != nullptr)
+      store_result<HEAD_DIM_V, V>(tile.base(dv, params.dv, region, head), params.dv, tile, state.results.v, 1.f, lane);
+  }
+  __device__ __forceinline__ bool change(const Region&, const Tile&) const { return false; }
+  __device__ __forceinline__ void flush() const {}
+  __device__ __forceinline__ void clear(const Region&, const Tile&) const {}
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    tiled_keys(const Element* __restrict__ d_out,    // [batch, x0, x1, x2, heads * HEADS_PER_KV, HEAD_DIM_V]
+               const Element* __restrict__ q,        // [batch, x0, x1, x2, heads * HEADS_PER_KV, HEAD_DIM]
+               const Element* __restrict__ k,        // [batch, x0, x1, x2, heads, HEAD_DIM]
+               const Element* __restrict__ v,        // [batch, x0, x1, x2, heads, HEAD_DIM_V]
+               const float2* __restrict__ scalars,   // [batch, heads * HEADS_PER_KV, x0, x1, x2]: {log2(e) lse, -delta}
+               const BiasElement* __restrict__ rpb,  // [heads * HEADS_PER_KV, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1]
+               Element* __restrict__ dk,             // [batch, x0, x1, x2, heads, HEAD_DIM], or null
+               Element* __restrict__ dv,             // [batch, x0, x1, x2, heads, HEAD_DIM_V], or null
+               float scale, const __grid_constant__ Params params) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int head = blockIdx.x % params.sizes.heads, slice = blockIdx.x / params.sizes.heads;
+  for (int i = threadIdx.x; i < SHARED_BYTES / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+  __syncthreads();
+  Keys pass{d_out, q, k, v, scalars, dk, dv, params, shared, ScaleParts(scale), scale, head, warp, lane};
+  for (int number = 0; number < (BIASED ? SEEN_HEADS : 1); ++number)
+    fill_tables(reinterpret_cast<float*>(shared + TABLE_AT) + number * TABLES * TABLE,
+                rpb + static_cast<long long>(head * SEEN_HEADS + number) * params.rpb.head, params.rpb, pass.parts.bias);
+  work(pass, params.sizes, shared, slice, warp);
+}

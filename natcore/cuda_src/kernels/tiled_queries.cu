@@ -1,0 +1,171 @@
+// Neighbourhood attention, backward of queries, on tensor cores: windows of one, two and three axes, 16-bit elements.
+//
+// A warp owns a tile of 16 queries; its keys and values come through shared memory plane by plane, are gathered by
+// ldmatrix 16 at a time, and need not wait for each other, because the LSE is known (common/tiled_boxes.cuh has a
+// picture).
+//
+//   S = Q K^T, dP = dO V^T - delta, P = exp(S - lse), dS = P dP, dQ += dS K
+//
+// delta = dO . O - d_lse. {log2(e) lse, -delta} are written for tiled_keys.cu, which makes dk and dv. drpb is summed as
+// common/tiled_bias.cuh says; each block writes one partial sum, and banded_backward_bias.cu adds them up.
+//
+// Shared memory (3 x 7 x 7 windows of head_dim 64, regions of 2 x 4 tiles of 4 x 4): a plane of K and V, 14 x 24 slots
+// of 256 bytes; Q and dO of each warp, 4 KB; two tables of 5 x 19 x 23 differences; the warps' sums of dS, 15 KB each.
+#include "common/tiled_gradients.cuh"
+
+struct Params {
+  Sizes sizes;
+  Layout d_out, q, k, v, out, lse, d_lse, rpb, dq, scalars;
+  int heads_per_kv;
+};
+
+struct Queries {
+  const Element *d_out, *q, *k, *v, *out;
+  const float *lse, *d_lse;
+  Element* dq;
+  float2* scalars;
+  float* partials;
+  const Params& params;
+  unsigned char* shared;
+  ScaleParts parts;
+  float scale;
+  int head, head_kv, warp, lane;
+  bool flushed = false;
+
+  struct State {
+    Own own;
+    Results results;
+    uint4 out[2][(V_STEPS + 1) / 2];  // 16 of each 64 bytes of O, of both own tokens
+  };
+
+  __device__ __forceinline__ unsigned own_at() const { return shared_address(shared) + OWN_AT + warp * OWN; }
+
+  __device__ __forceinline__ void load_seen(const Region& region, int, int plane, int stage) const {
+    const unsigned target = shared_address(shared) + stage * STAGE;
+    load_plane(target, region.first_slot(k, params.k, head_kv, plane), params.k,
+               region.first_slot(v, params.v, head_kv, plane), params.v, region);
+  }
+  __device__ __forceinline__ void load_own(const Region& region, const Tile& tile) const {
+    ::load_own<HEAD_DIM, D>(own_at(), tile.base(q, params.q, region, head), params.q, tile, lane);
+    ::load_own<HEAD_DIM_V, V>(own_at() + 16 * D_PITCH, tile.base(d_out, params.d_out, region, head), params.d_out, tile,
+                              lane);
+  }
+  // Loads what goes through registers.
+  __device__ __forceinline__ void announce(State& state, const Region& region, const Tile& tile) const {
+    const Element* its = tile.base(out, params.out, region, head);
+    const float* its_lse = tile.base(lse, params.lse, region, head);
+    const float* its_d_lse = d_lse == nullptr ? nullptr : tile.base(d_lse, params.d_lse, region, head);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int token = lane / 4 + 8 * h;
+      const bool stored = tile.stores(token);
+      const Element* row = its + Tile::offset(params.out, token);
+#pragma unroll
+      for (int i = 0; i < (V_STEPS + 1) / 2; ++i) {
+        const int chunk = 4 * i + lane % 4;
+        state.out[h][i] = uint4{0, 0, 0, 0};
+        if (stored && chunk < HEAD_DIM_V / 8) state.out[h][i] = *reinterpret_cast<const uint4*>(row + chunk * 8);
+      }
+      // Queries that another tile owns weigh nothing.
+      state.own.lse[h] = __int_as_float(0x7f800000), state.own.minus_delta[2 * h] = 0.f;
+      if (stored) state.own.lse[h] = LOG2_E * its_lse[Tile::offset(params.lse, token)];
+      if (stored && d_lse != nullptr) state.own.minus_delta[2 * h] = its_d_lse[Tile::offset(params.d_lse, token)];
+    }
+  }
+  __device__ __forceinline__ void begin(State& state, const Region& region, const Tile& tile) const {
+    Own& own = state.own;
+    // dO . O, the diagonals of two products: of rows g, and of rows g + 8. All rows of dO are A, and eight of O are B.
+    float c[2][4] = {};
+    const unsigned char* gradients = shared + OWN_AT + warp * OWN + 16 * D_PITCH;
+#pragma unroll
+    for (int i = 0; i < (V_STEPS + 1) / 2; ++i) {
+      const int chunk = smaller(4 * i + lane % 4, V / 8 - 1);  // beyond them O is zero
+      uint4 a[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int token = lane / 4 + 8 * h;
+        a[h] = *reinterpret_cast<const uint4*>(gradients + token * V_PITCH + Rows<V>::chunk(token, chunk));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint4& b = state.out[h][i];
+        Mma<Element>::m16n8k16(c[h], a[0].x, a[1].x, a[0].y, a[1].y, b.x, b.y, c[h]);
+        Mma<Element>::m16n8k16(c[h], a[0].z, a[1].z, a[0].w, a[1].w, b.z, b.w, c[h]);
+      }
+    }
+    float2* its_scalars = tile.base(scalars, params.scalars, region, head);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float diagonal = lane / 4 % 2 == 0 ? c[h][2 * h] : c[h][2 * h + 1];  // where lane % 4 is half of lane / 4
+      own.minus_delta[2 * h] -= __shfl_sync(~0u, diagonal, lane / 4 * 4 + lane / 8);
+      own.minus_delta[2 * h + 1] = own.minus_delta[2 * h];
+      const int token = lane / 4 + 8 * h;
+      if (lane % 4 == h && tile.stores(token))
+        its_scalars[Tile::offset(params.scalars, token)] = float2{own.lse[h], own.minus_delta[2 * h]};
+    }
+    read_own<D>(own.d, own_at(), parts.query, lane);
+    read_own<V>(own.v, own_at() + 16 * D_PITCH, 1.f, lane);
+    state.results = Results();
+  }
+  __device__ __forceinline__ void add(State& state, const Region& region, const Tile& tile, int, int plane,
+                                      const unsigned char* stage) const {
+    const float* table = reinterpret_cast<const float*>(shared + TABLE_AT) + table_offset(tile, plane - region.owned[0], lane);
+    float4* sums = sums_of(shared, warp) + (plane - region.planes.start) * (LINES * (STEPS + 1) * 32);
+    if (uniform(tile.plain)) {
+      differentiate<true>(state.results, state.own, tile, region, stage, table, sums, parts.unit, lane);
+    } else {
+      differentiate<false>(state.results, state.own, tile, region, stage, table + TABLE, sums, parts.unit, lane);
+    }
+  }
+  __device__ __forceinline__ void end(const State& state, const Region& region, const Tile& tile) const {
+    if (dq != nullptr)
+      store_result<HEAD_DIM, D>(tile.base(dq, params.dq, region, head), params.dq, tile, state.results.d, scale, lane);
+  }
+  __device__ __forceinline__ bool change(const Region& region, const Tile& tile) const {
+    const int* kind = kind_of(shared, warp);
+    const Kind its(tile, region);
+    return BIASED && tile.exists && (kind[0] != its.start[0] || kind[1] != its.start[1] || kind[2] != its.start[2]);
+  }
+  __device__ __forceinline__ void flush() {
+    if (partials != nullptr) add_sums(partials, shared, !flushed);
+    flushed = true;
+  }
+  __device__ __forceinline__ void clear(const Region& region, const Tile& tile) const {
+    for (int i = lane; i < SUMS / 16; i += 32) sums_of(shared, warp)[i] = float4{0.f, 0.f, 0.f, 0.f};
+    const Kind its(tile, region);
+#pragma unroll
+    for (int a = 0; a < 3; ++a)
+      if (tile.exists) kind_of(shared, warp)[a] = its.start[a];
+    __syncwarp();
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    tiled_queries(const Element* __restrict__ d_out,    // [batch, x0, x1, x2, heads, HEAD_DIM_V]
+                  const Element* __restrict__ q,        // [batch, x0, x1, x2, heads, HEAD_DIM]
+                  const Element* __restrict__ k,        // [batch, x0, x1, x2, heads / heads_per_kv, HEAD_DIM]
+                  const Element* __restrict__ v,        // [batch, x0, x1, x2, heads / heads_per_kv, HEAD_DIM_V]
+                  const Element* __restrict__ out,      // [batch, x0, x1, x2, heads, HEAD_DIM_V]
+                  const float* __restrict__ lse,        // [batch, x0, x1, x2, heads]
+                  const float* __restrict__ d_lse,      // [batch, x0, x1, x2, heads], or null: zeros
+                  const BiasElement* __restrict__ rpb,  // [heads, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1]
+                  Element* __restrict__ dq,             // [batch, x0, x1, x2, heads, HEAD_DIM], or null
+                  float2* __restrict__ scalars,         // [batch, heads, x0, x1, x2]: {log2(e) lse, -delta}
+                  float* __restrict__ drpb_partials,    // [slices, heads, 2 k0 - 1, 2 k1 - 1, 2 k2 - 1], or null
+                  float scale, const __grid_constant__ Params params) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int head = blockIdx.x % params.sizes.heads, slice = blockIdx.x / params.sizes.heads;
+  for (int i = threadIdx.x; i < SHARED_BYTES / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+  __syncthreads();
+  Queries pass{d_out, q, k, v, out, lse, d_lse, dq, scalars, nullptr, params, shared, ScaleParts(scale), scale, head,
+               head / params.heads_per_kv, warp, lane};
+  if (drpb_partials != nullptr) pass.partials = drpb_partials + static_cast<long long>(blockIdx.x) * ENTRIES;
+  fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(head) * params.rpb.head,
+              params.rpb, pass.parts.bias);
+  work(pass, params.sizes, shared, slice, warp);
+  if (BIASED) {
+    __syncthreads();
+    pass.flush();
+  }
+}
