@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from natcore.planning import banded, general, marching, tiled, tiled_backward
+from natcore.planning import banded, general, marching, tiled, tiled_backward, whole
 from natcore.planning.plan import (
     Candidate,
     Config,
@@ -50,6 +50,7 @@ __all__ = [
 
 #: Every way to run a call, the preferred first. The general kernels, last, take every valid problem.
 CANDIDATES: tuple[Candidate, ...] = (
+    whole.CANDIDATE,
     marching.CANDIDATE,
     tiled.CANDIDATE,
     tiled_backward.CANDIDATE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import partial
-from math import ceil
+from math import ceil, prod
 
 from natcore.planning import listed
 from natcore.planning.banded_cost import choose_geometry
@@ -27,7 +27,7 @@ from natcore.planning.plan import (
     Scale,
     Workspace,
 )
-from natcore.problem import OPERANDS, Call
+from natcore.problem import OPERANDS, Call, Problem
 
 BIAS_WARPS = 16
 _LAYOUTS = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq", "dk", "dv")
@@ -73,19 +73,19 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     )
     if drpb is None:
         return Plan((main,), 0)
-    return Plan((main, _bias_launch(g, drpb, slices, facts.arch)), slices * problem.heads * g.entries * 4)
+    return Plan((main, sum_of_partials(problem, drpb, slices, facts.arch)), slices * problem.heads * g.entries * 4)
 
 
-def _bias_launch(g: Geometry, strides: tuple[int, ...], slices: int, arch: str) -> Launch:
-    """drpb from the partial tables."""
-    defines = (("RESULT", str(g.problem.rpb_dtype)), ("WARPS", str(BIAS_WARPS)))
-    given = strides[1:]
+def sum_of_partials(problem: Problem, strides: tuple[int, ...], slices: int, arch: str) -> Launch:
+    """drpb, of these strides, from the tables [slices, heads, *shape] at the workspace's start."""
+    defines = (("RESULT", str(problem.rpb_dtype)), ("WARPS", str(BIAS_WARPS)))
+    given, table = strides[1:], problem.window.rpb_shape
     axis = {1: (0, *given, 0), 2: (0, *given), 3: given}[len(given)]
-    shape = (2 * x.kernel - 1 for x in g.axes)
-    params = Constant(struct.pack("=4q5i4x", strides[0], *axis, g.problem.heads, *shape, slices))
+    shape = {1: (1, *table, 1), 2: (1, *table), 3: table}[len(table)]
+    params = Constant(struct.pack("=4q5i4x", strides[0], *axis, problem.heads, *shape, slices))
     return Launch(
         KernelSpec("banded_backward_bias", defines, arch),
-        (ceil(g.problem.heads * g.entries / 32), 1, 1),
+        (ceil(problem.heads * prod(table) / 32), 1, 1),
         (32 * BIAS_WARPS, 1, 1),
         0,
         (Workspace(0), Operand(OPERANDS["backward"].index("drpb")), params),

@@ -5,11 +5,7 @@
 #pragma once
 
 #include "common/bands.cuh"
-
-// The unit in which S is computed, never 0, so that a bias keeps its place beside S whatever the scale.
-__device__ __forceinline__ float unit_of(float scale) {
-  return fabsf(scale) < 1e-30f ? copysignf(1e-30f, scale) : scale;
-}
+#include "common/scale.cuh"
 
 __device__ __forceinline__ void fill_table(float* table, const BiasElement* rpb, const Layout& s, float unit) {
   const float masked = copysignf(positive_infinity(), -unit), factor = 1.f / unit;

@@ -15,3 +15,9 @@ struct ScaleParts {
     unit *= LOG2_E;
   }
 };
+
+// A unit for those that need no maximum, so that it may be negative: the scale, but never 0, so that a bias keeps its
+// place beside S whatever the scale.
+__device__ __forceinline__ float unit_of(float scale) {
+  return fabsf(scale) < 1e-30f ? copysignf(1e-30f, scale) : scale;
+}
