@@ -170,7 +170,7 @@ def geometries(
 
 #: Warps of a block and blocks of a multiprocessor: as many warps as their registers allow, or shared memory.
 _LAUNCHES: dict[Direction, tuple[tuple[int, int], ...]] = {
-    "forward": ((8, 2), (4, 2), (4, 1), (2, 1), (1, 1)),
+    "forward": ((8, 2), (4, 3), (4, 2), (4, 1), (2, 1), (1, 1)),
     "backward": ((8, 1), (4, 1), (2, 1), (1, 1)),
 }
 

@@ -16,8 +16,8 @@
 //                                7 rows a tile are enough: the eighth is the next tile's first, which the mask hides.
 //
 // Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, WARPS, HEADS (of a block), STAGES (maps of a warp
-// in shared memory), BLOCKS_PER_SM, FULL (all queries see all keys, and axes of several tiles are whole ones) and, for a = 0, 1, 2:
-// KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a, TILES_a.
+// in shared memory), BLOCKS_PER_SM, FULL (all queries see all keys, and each axis is one tile or whole ones) and, for
+// a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a, TILES_a.
 #pragma once
 
 #include "common/anew.cuh"

@@ -1,9 +1,9 @@
 // Neighbourhood attention, forward, on tensor cores: maps of at most 64 tokens, 16-bit elements.
 //
-// A warp takes the whole map of a (batch entry, head, dilation group): it copies q, k and v to shared memory, takes
-// keys and values into registers, forms S = Q K^T for 16 queries at a time against all keys, the softmax of whole rows, and
-// O = P V, which goes to 16-byte stores by the place of its queries. Warps of a block share bias and mask, and nothing
-// else: after these are made, no warp waits for another one.
+// All queries see all keys. A warp takes the whole map of a (batch entry, head, dilation group): it copies q, k and v
+// to shared memory, takes keys and values into registers, forms S = Q K^T for 16 queries at a time, the softmax of whole
+// rows, and O = P V, which goes to 16-byte stores by the place of its queries. Warps of a block share the bias, and
+// nothing else: after it is there, no warp waits for another one.
 //
 //   warp 0   | q k v of batch entry b      | S, P, O | ...        slots of shared memory, STAGES a warp: the copies of
 //   warp 1   | q k v of batch entry b + 1  | S, P, O | ...        the next maps are under way meanwhile
@@ -11,10 +11,10 @@
 //
 //   7 x 7:  keys  0-7  8-15 ... 48-55        tiles are rows of the map (see whole_map.cuh)
 //   queries 0-7   bias  bias    bias
-//           8-15  bias  bias    bias         S starts from bias and mask, which depend on the distance of two tiles,
+//           8-15  bias  bias    bias         S starts from the bias, which depends on the distance of two tiles,
 //           ...                              here of two rows
 //
-// Shared memory, bytes: bias and mask (struct Scores); then for each warp and stage K, V, Q and, where its rows are
+// Shared memory, bytes: the bias (struct Scores); then for each warp and stage K, V, Q and, where its rows are
 // longer than Q's, O: ROWS (2 D_PITCH + V_PITCH). (NAT-Tiny, 7x7: 6784 for two heads + WARPS * STAGES * 9600; 83584 for
 // 8 warps.)
 #define ROWS_ARE_QUERIES true
@@ -32,6 +32,7 @@ constexpr int OUT_AT = V_PITCH > D_PITCH ? Q_AT + ROWS * D_PITCH : Q_AT;  // whe
 constexpr int STAGE = (V_PITCH > D_PITCH ? OUT_AT : V_AT + ROWS * D_PITCH) + ROWS * V_PITCH;
 constexpr int SCORES = (sizeof(Scores) + 127) / 128 * 128;
 
+static_assert(FULL, "all queries see all keys");
 static_assert(HEAD_DIM <= 32 && HEAD_DIM_V <= 32, "keys and values of a map are in registers");
 
 // Keys and values of a map as B operands, for all its queries.
