@@ -13,7 +13,7 @@ from natcore.planning.tiling import Axis
 from natcore.problem import Direction, Problem
 
 MAX_TILES = 8  # of 8 tokens: 64 tokens
-_SHAPES = tuple(t for t in product((1, 2, 4, 8), repeat=3) if prod(t) == 8)
+_SHAPES = tuple((a, b, c) for a, b, c in product((1, 2, 4, 8), repeat=3) if a * b * c == 8)
 _RESERVED = 1 << 10  # bytes of shared memory that a block takes beside its own
 
 
@@ -160,7 +160,7 @@ def geometries(
         return
     for warps, blocks_per_sm in _LAUNCHES[direction]:
         heads = 2 if problem.heads % 2 == 0 and options.get("warps", warps) % 2 == 0 else 1
-        values = {"warps": warps, "heads": heads, "stages": 1, "blocks_per_sm": blocks_per_sm} | options
+        values = {"warps": warps, "heads": heads, "stages": 1, "blocks_per_sm": blocks_per_sm, **options}
         if min(values.values()) < 1 or values["warps"] % values["heads"] or problem.heads % values["heads"]:
             continue
         g = Geometry(problem, direction, tile, **values)
