@@ -2,8 +2,8 @@
 //
 // All queries see all keys. A warp takes the whole map of a (batch entry, head, dilation group): it copies q, k and v
 // to shared memory, takes keys and values into registers, forms S = Q K^T for 16 queries at a time, the softmax of
-// whole rows, and O = P V, which goes to 16-byte stores by the place of its queries. Warps of a block share the bias and
-// nothing else: after it is there, no warp waits for another one.
+// whole rows, and O = P V, which goes to 16-byte stores by the place of its queries. Warps of a block share the bias
+// and nothing else: after it is there, no warp waits for another one.
 //
 //   warp 0   | q k v of batch entry b      | S, P, O | ...        slots of shared memory, STAGES a warp: the copies of
 //   warp 1   | q k v of batch entry b + 1  | S, P, O | ...        the next maps are under way meanwhile
