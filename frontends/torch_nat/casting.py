@@ -50,12 +50,19 @@ torch.library.register_fake("natcore::cast", _cast_fake, lib=LIBRARY)
 torch.library.register_autograd("natcore::cast", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast gives to the linear layers that x goes through; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) else None
+
+
 def with_cast_weights(module: nn.Module, x: Tensor) -> Any:
     """module(x), to the bit. Where that is compiled under autocast, its float32 linear weights are cast all at once.
 
     Weights that are more than memory (subclasses of tensors, parametrized layers) are left to autocast.
     """
-    if not torch.compiler.is_dynamo_compiling() or not torch.is_autocast_enabled(x.device.type) or is_exporting():
+    dtype = autocast_dtype(x)
+    if dtype is None or not torch.compiler.is_dynamo_compiling() or is_exporting():
         return module(x)
     weights = {
         f"{name}.{key}": weight
@@ -66,5 +73,5 @@ def with_cast_weights(module: nn.Module, x: Tensor) -> Any:
     }
     if not weights:
         return module(x)
-    cast = torch.ops.natcore.cast(list(weights.values()), torch.get_autocast_dtype(x.device.type))
+    cast = torch.ops.natcore.cast(list(weights.values()), dtype)
     return functional_call(module, dict(zip(weights, cast, strict=True)), (x,))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from natcore.problem import Window
 from torch_nat.functional import PerAxis, PerAxisFlag, na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked
-from torch_nat.recomputation import recomputed
 
 _PACKED: dict[int, Callable[..., Any]] = {1: na1d_qkvpacked, 2: na2d_qkvpacked, 3: na3d_qkvpacked}
 
@@ -130,19 +128,19 @@ class DropPath(nn.Module):
             raise ValueError(f"drop path rate {rate} must be in [0, 1).")
         self.rate = rate
 
-    def forward(self, x: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """``uniform`` ``[batch]``: random numbers in [0, 1), of which those below 1 - rate keep their samples; drawn
-        here if they are not given."""
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        """``factors`` ``[batch]``: what to multiply the samples with; drawn if not given."""
         if not self.training or self.rate == 0:
             return x
-        if uniform is None:
-            uniform = torch.rand(x.shape[0], device=x.device)
-        factors = recomputed(partial(_factors, 1 - self.rate, x.dtype), uniform)
+        if factors is None:
+            (factors,) = drop_path_factors([self.rate], x.dtype, torch.rand(1, x.shape[0], device=x.device))
         return x * factors.view(-1, *(1,) * (x.dim() - 1))
 
     def extra_repr(self) -> str:
         return f"{self.rate:.4g}"
 
 
-def _factors(keep: float, dtype: torch.dtype, uniform: Tensor) -> Tensor:
-    return (uniform < keep).to(dtype).div(keep)
+def drop_path_factors(rates: Sequence[float], dtype: torch.dtype, numbers: Tensor) -> tuple[Tensor, ...]:
+    """For each rate 0 for samples to drop, 1 / (1 - rate) for others; by numbers in [0, 1) ``[len(rates), ...]``."""
+    keeps = [1 - rate for rate in rates]
+    return tuple((own < keep).to(dtype).div(keep) for own, keep in zip(numbers, keeps, strict=True))

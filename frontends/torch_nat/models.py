@@ -8,15 +8,16 @@ between the convolutions; parameter names are the published ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from natcore.models import NATConfig, model_config
-from torch_nat.casting import with_cast_weights
-from torch_nat.layers import DropPath, NeighborhoodAttention2D
-from torch_nat.recomputation import recomputing
+from torch_nat.casting import autocast_dtype, with_cast_weights
+from torch_nat.layers import DropPath, NeighborhoodAttention2D, drop_path_factors
+from torch_nat.recomputation import recomputed, recomputing
 
 
 class ConvTokenizer(nn.Module):
@@ -137,10 +138,16 @@ class NATBlock(nn.Module):
         else:
             self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), config.layer_scale)) for _ in range(2))
 
-    def forward(self, x: Tensor, uniform: Sequence[Tensor | None] = (None, None)) -> Tensor:
-        """``uniform``: what decides about dropping each of the two branches (`layers.DropPath`)."""
-        x = x + self.drop_path(_scaled(self._attend(self.norm1(x)), self.gamma1), uniform[0])
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2), uniform[1])
+    def forward(self, x: Tensor, factors: Sequence[Tensor] | Tensor | None = None) -> Tensor:
+        """``factors`` of samples in each of the two branches (`layers.DropPath`); drawn if not given."""
+        of_attention, of_mlp = (None, None) if factors is None else factors
+        x = x + self.drop_path(_scaled(self._attend(self.norm1(x)), self.gamma1), of_attention)
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2), of_mlp)
+
+    def branch_dtype(self, x: Tensor) -> torch.dtype:
+        """Of what is added to x."""
+        dtype = autocast_dtype(x) or x.dtype
+        return dtype if self.gamma1 is None else torch.promote_types(dtype, self.gamma1.dtype)
 
     def _attend(self, x: Tensor) -> Tensor:
         """The published models pad a map that is smaller than the window with zeros, right and bottom.
@@ -160,11 +167,15 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
 
 
 def _through(blocks: nn.ModuleList, x: Tensor) -> Tensor:
-    """One block after the other. What decides about dropping their branches is drawn for all of them at once."""
-    drops = blocks.training and any(isinstance(block, NATBlock) and block.drop_path.rate for block in blocks)
-    uniform = torch.rand(len(blocks), 2, x.shape[0], device=x.device) if drops else None
+    """One block after the other. Which samples their branches drop is drawn for all of them at once."""
+    drawn = {at: block for at, block in enumerate(blocks) if isinstance(block, NATBlock) and block.drop_path.rate}
+    factors: dict[int, Tensor] = {}
+    if drawn and blocks.training:
+        rates, dtype = [block.drop_path.rate for block in drawn.values()], next(iter(drawn.values())).branch_dtype(x)
+        numbers = torch.rand(len(rates), 2, x.shape[0], device=x.device)
+        factors = dict(zip(drawn, recomputed(partial(drop_path_factors, rates, dtype), numbers), strict=True))
     for at, block in enumerate(blocks):
-        x = block(x) if uniform is None or not isinstance(block, NATBlock) else block(x, uniform[at])
+        x = block(x, factors[at]) if at in factors else block(x)
     return x
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+_T = TypeVar("_T")
 _C = torch._C
 _saving = torch._C._autograd  # type: ignore[attr-defined]
 
@@ -36,11 +38,12 @@ def recomputing(function: Callable[[Tensor], Tensor], layer: Callable[[Tensor], 
         return layer(y)
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def recomputed(function: Callable[[Tensor], _T], x: Tensor) -> _T:
     """function(x), which a compiled backward pass computes again from x and does not keep."""
     if not torch.compiler.is_compiling() or is_exporting():
         return function(x)
-    return checkpoint(function, x, use_reentrant=False)  # what is outside of one is all that a partitioner may keep
+    # What is outside of a checkpoint is all that the partitioner may keep.
+    return checkpoint(function, x, use_reentrant=False)  # type: ignore[return-value]
 
 
 @torch.compiler.assume_constant_result

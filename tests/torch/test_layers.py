@@ -7,7 +7,7 @@ import torch
 import torch_nat
 from natcore import reference
 from natcore.problem import Window
-from torch_nat.layers import DropPath
+from torch_nat.layers import DropPath, drop_path_factors
 
 LAYERS = {
     1: torch_nat.NeighborhoodAttention1D,
@@ -120,8 +120,11 @@ def test_drop_path():
     kept = per_sample[:, 0] != 0
     assert abs(kept.float().mean().item() - 0.75) < 0.03
     torch.testing.assert_close(per_sample[kept], torch.full_like(per_sample[kept], 1 / 0.75))
-    uniform = torch.tensor([0.0, 0.7499, 0.7501, 0.9999])
-    assert (layer(x[:4], uniform)[:, 0, 0] != 0).tolist() == [True, True, False, False]
+    numbers = torch.tensor([[0.0, 0.7499, 0.7501, 0.9999], [0.0, 0.4999, 0.5001, 0.9999]])
+    factors, others = drop_path_factors([0.25, 0.5], torch.float64, numbers)
+    assert (factors.tolist(), others.tolist()) == ([1 / 0.75, 1 / 0.75, 0, 0], [2, 2, 0, 0])
+    assert torch.equal(layer(x[:4], factors), x[:4] * factors[:, None, None])
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert layer.eval()(x) is x
     assert DropPath(0.0)(x) is x
 

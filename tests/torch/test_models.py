@@ -159,6 +159,19 @@ def test_every_branch_of_every_sample_is_dropped_on_its_own(layout: str):
         assert all((one != other).sum() >= 16 for other in dropped[:at])
 
 
+@pytest.mark.parametrize("layer_scale", [None, 0.5])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_factors_of_dropped_paths_have_the_dtype_of_their_branch(autocast: bool, layer_scale: float | None):
+    model = torch_nat.NAT(replace(SMALL, drop_path_rate=0.5, layer_scale=layer_scale)).train()
+    dtypes: list[tuple[torch.dtype, ...]] = []
+    for block in (m for m in model.modules() if isinstance(m, NATBlock) and m.drop_path.rate):
+        block.drop_path.register_forward_hook(lambda _, inputs, y: dtypes.append(tuple(x.dtype for x in (*inputs, y))))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        model(torch.randn(2, 3, 40, 40))
+    branch = torch.bfloat16 if autocast and layer_scale is None else torch.float32
+    assert dtypes == [(branch,) * 3] * 4
+
+
 def test_it_trains():
     torch.manual_seed(0)
     model = torch_nat.NAT(replace(SMALL, drop_path_rate=0.1, drop_rate=0.05))
