@@ -1,7 +1,7 @@
 // Bias, masks and the sums of drpb of the tiled backward.
 //
 // Scores start from a table of differences key - query, in units of 1 / scale. In the first of a head's tables what
-// lies outside an unclamped window is -infinity, on axes of which a tile has several tokens: on others its box is exact.
+// lies outside an unclamped window is -infinity, on axes of which a tile has several tokens; on others its box is exact.
 // The weights of tiles that are not plain start from the second, and are cleared by masks.
 #pragma once
 

@@ -119,7 +119,7 @@ __device__ __forceinline__ int first_token(int a, int owned, int length) {
 
 // What a block works on at a time.
 struct Region {
-  int item;             // the number of the end where there is none
+  int item;             // -1: there is none
   int batch, group[3], length[3];
   int owned[3];         // the first token of each axis
   Interval planes;      // that it sees
@@ -163,12 +163,14 @@ struct Region {
   // The first region from an item on.
   __device__ __forceinline__ void find_from(const Sizes& sizes, int first, int end) {
     moved = true;
-    for (item = first; item < end && !find(sizes); ++item) {}
+    for (item = first; item < end; ++item)
+      if (find(sizes)) return;
+    item = -1;
   }
   // The one after another one, if there is that.
   __device__ __forceinline__ void find_after(const Region& before, const Sizes& sizes, int end) {
-    if (before.item == end || before.item + 1 == end) {
-      item = end;
+    if (before.item < 0 || before.item + 1 == end) {
+      item = -1;
     } else if (before.batch + 1 < sizes.batch) {
       *this = before;
       ++item, ++batch;

@@ -15,7 +15,17 @@ constexpr int STEP_SLOTS = STEP_ROWS == 2 ? 2 * SPAN_2 : 16;
 
 // dq of a tile of queries, or dk and dv of one of keys: n8 tiles of the head's elements.
 struct Results {
-  float d[2 * D_STEPS][4] = {}, v[2 * V_STEPS][4] = {};
+  float d[2 * D_STEPS][4], v[2 * V_STEPS][4];
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (auto& tile : d)
+#pragma unroll
+      for (float& entry : tile) entry = 0.f;
+#pragma unroll
+    for (auto& tile : v)
+#pragma unroll
+      for (float& entry : tile) entry = 0.f;
+  }
 };
 
 // Own vectors as A operands. A lane's two own queries have an LSE, times log2(e), and a negative delta, each twice.
@@ -27,7 +37,8 @@ struct Own {
 // C = start + own seen^T: two n8 sides, of a lane's seen token at `seen`, whose chunks lie as those of slot `token` do.
 template <int PADDED>
 __device__ __forceinline__ void multiply(float (&c)[2][4], const float (&first)[4], const float (&second)[4],
-                                         const unsigned (&own)[PADDED / 16][4], unsigned seen, unsigned token, unsigned lane) {
+                                         const unsigned (&own)[PADDED / 16][4], unsigned seen, unsigned token,
+                                         unsigned lane) {
 #pragma unroll
   for (int step = 0; step < PADDED / 16; ++step) {
     unsigned r[4];
@@ -149,15 +160,16 @@ __device__ __forceinline__ Interval share_of(const Sizes& sizes, int slice) {
 //   clear(region, tile)                         begins the warp's sums
 template <typename Pass>
 __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned char* shared, int slice, int warp) {
-  const Interval share = share_of(sizes, slice);
   Region* regions = reinterpret_cast<Region*>(shared + REGIONS_AT);  // three in turn
-  volatile int* flags = reinterpret_cast<volatile int*>(shared + FLAGS_AT);
+  volatile int* flags = reinterpret_cast<volatile int*>(shared + FLAGS_AT);  // of regions; the end of the share
   if (threadIdx.x == 0) {
+    const Interval share = share_of(sizes, slice);
+    flags[3] = share.end;
     regions[0].find_from(sizes, share.start, share.end);
     regions[1].find_after(regions[0], sizes, share.end);
   }
   __syncthreads();
-  if (regions[0].item == share.end) return;
+  if (regions[0].item < 0) return;
   Tile* tiles = reinterpret_cast<Tile*>(shared + TILES_AT + 2 * TILE * warp);  // the one at hand and the next
   int stage = 0, turn = 0, parity = 0;
   pass.load_seen(regions[0], 0, regions[0].planes.start, 0);
@@ -174,23 +186,25 @@ __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned ch
     const int next_turn = turn == 2 ? 0 : turn + 1;
     const Region& next = regions[next_turn];
     pass.announce(state, region, tile);
-    const int first_plane = uniform(region.planes.start), end_plane = uniform(region.planes.end);
-    int head = 0, plane = first_plane;
+    int head = 0, plane = uniform(region.planes.start);
+    bool last;
 #pragma unroll 1
-    while (head < SEEN_HEADS) {
+    do {
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();  // this plane is there, and nobody reads the one before
-      int next_head = head, next_plane = plane + 1;
-      if (next_plane == end_plane) next_plane = first_plane, ++next_head;
+      const bool last_plane = PLANES == 1 || plane + 1 == uniform(region.planes.end);
+      last = last_plane && head + 1 == SEEN_HEADS;
       const auto load_next = [&]() {
-        const bool same = next_head < SEEN_HEADS;
-        if (same || next.item < share.end)
-          pass.load_seen(same ? region : next, same ? next_head : 0, same ? next_plane : next.planes.start,
-                         STAGES == 2 ? stage ^ 1 : 0);
+        const int at = STAGES == 2 ? stage ^ 1 : 0;
+        if (!last) {
+          pass.load_seen(region, last_plane ? head + 1 : head, last_plane ? region.planes.start : plane + 1, at);
+        } else if (next.item >= 0) {
+          pass.load_seen(next, 0, next.planes.start, at);
+        }
       };
       if (STAGES == 2) load_next();
-      if (head == 0 && plane == first_plane) {
+      if (head == 0 && (PLANES == 1 || plane == uniform(region.planes.start))) {
         if (BIASED && !OWN_KEYS && flags[turn]) {
           pass.flush();
           __syncthreads();
@@ -198,7 +212,7 @@ __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned ch
         }
         pass.begin(state, region, tile);
         __syncwarp();
-        if (next.item < share.end) {
+        if (next.item >= 0) {
           Tile& its = tiles[parity ^ next.moved];
           if (next.moved) {
             its = Tile(next, warp);
@@ -210,7 +224,7 @@ __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned ch
         const int last_turn = next_turn == 2 ? 0 : next_turn + 1;
         if (threadIdx.x == THREADS - 1) {
           flags[last_turn] = 0;
-          regions[last_turn].find_after(next, sizes, share.end);
+          regions[last_turn].find_after(next, sizes, flags[3]);
         }
         __syncwarp();
       }
@@ -221,10 +235,11 @@ __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned ch
       } else {
         stage ^= 1;
       }
-      head = next_head, plane = next_plane;
-    }
+      if (last_plane) ++head;
+      plane = last_plane ? uniform(region.planes.start) : plane + 1;
+    } while (!last);
     if (exists) pass.end(state, region, tile);
-    if (next.item == share.end) return;
+    if (next.item < 0) return;
     turn = next_turn;
     parity ^= next.moved;
   }

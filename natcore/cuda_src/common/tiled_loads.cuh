@@ -6,6 +6,12 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/store.cuh"
 
+// What nobody writes later are zeros: elements beyond a head's, sums, kinds and flags.
+__device__ __forceinline__ void clear_shared(unsigned char* shared) {
+  for (int i = threadIdx.x; i < SHARED_BYTES / 16; i += THREADS)
+    reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+}
+
 // Vectors of COUNT elements of a row of slots, by lanes or threads of these numbers. Slots from `columns` on become
 // zeros. (The number of a row's first slot is a multiple of 8.)
 template <int COUNT, int PADDED>
@@ -70,7 +76,8 @@ template <int PADDED>
 __device__ __forceinline__ void read_own(unsigned (&a)[PADDED / 16][4], unsigned source, float factor, int lane) {
 #pragma unroll
   for (int step = 0; step < PADDED / 16; ++step) {
-    ldmatrix_x4(a[step], source + lane % 16 * Rows<PADDED>::PITCH + Rows<PADDED>::chunk(lane % 16, 2 * step + lane / 16));
+    const int chunk = Rows<PADDED>::chunk(lane % 16, 2 * step + lane / 16);
+    ldmatrix_x4(a[step], source + lane % 16 * Rows<PADDED>::PITCH + chunk);
     if (factor != 1.f) {
 #pragma unroll
       for (unsigned& pair : a[step]) pair = pack<Element>(factor * low<Element>(pair), factor * high<Element>(pair));
@@ -94,8 +101,8 @@ __device__ __forceinline__ void transpose_quad(unsigned (&r)[4], int lane) {
 
 // A result of a tile, times `factor`, to `base`, where its first token lies.
 template <int COUNT, int PADDED>
-__device__ __forceinline__ void store_result(Element* base, const Layout& s, const Tile& tile, const float (&result)[PADDED / 8][4],
-                                             float factor, int lane) {
+__device__ __forceinline__ void store_result(Element* base, const Layout& s, const Tile& tile,
+                                             const float (&result)[PADDED / 8][4], float factor, int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int token = lane / 4 + 8 * h;

@@ -8,8 +8,9 @@
 //
 // Keys near a border are seen by more queries than others, because windows are clamped there: boxes are of any size.
 //
-// Shared memory (3 x 7 x 7 windows of head_dim 64, regions of 2 x 4 tiles of 4 x 4): a plane of Q, dO and scalars,
-// 15 x 24 slots of 264 bytes; K and V of each warp, 4 KB; two tables of differences for each query head.
+// Shared memory (3 x 7 x 7 windows of head_dim 64, regions of 4 x 1 tiles of 2 x 8, two blocks an SM): a plane of Q, dO
+// and scalars, 15 x 16 slots of 264 bytes, 62 KB; K and V of each warp, 4 KB; two tables of differences for each query
+// head, 27 KB; regions and tiles, 1 KB.
 #include "common/tiled_gradients.cuh"
 
 struct Params {
@@ -23,7 +24,6 @@ struct Keys {
   Element *dk, *dv;
   const Params& params;
   unsigned char* shared;
-  ScaleParts parts;
   float scale;
   int head, warp, lane;
 
@@ -32,7 +32,11 @@ struct Keys {
     Results results;
   };
 
-  __device__ __forceinline__ unsigned own_at() const { return shared_address(shared) + OWN_AT + warp * OWN; }
+  // Found anew: not worth registers from region to region.
+  __device__ __forceinline__ ScaleParts parts() const {
+    return ScaleParts(__int_as_float(anew(__float_as_int(scale))));
+  }
+  __device__ __forceinline__ unsigned own_at() const { return shared_address(shared) + OWN_AT + anew(warp) * OWN; }
 
   __device__ __forceinline__ void load_seen(const Region& region, int number, int plane, int stage) const {
     const int its_head = head * SEEN_HEADS + number;
@@ -48,25 +52,29 @@ struct Keys {
   }
   __device__ __forceinline__ void announce(State&, const Region&, const Tile&) const {}
   __device__ __forceinline__ void begin(State& state, const Region&, const Tile&) const {
-    read_own<D>(state.own.d, own_at(), parts.query, lane);
-    read_own<V>(state.own.v, own_at() + 16 * D_PITCH, 1.f, lane);
-    state.results = Results();
+    read_own<D>(state.own.d, own_at(), parts().query, anew_lane(lane));
+    read_own<V>(state.own.v, own_at() + 16 * D_PITCH, 1.f, anew_lane(lane));
+    state.results.clear();
   }
   __device__ __forceinline__ void add(State& state, const Region& region, const Tile& tile, int number, int plane,
                                       const unsigned char* stage) const {
     const float* table = reinterpret_cast<const float*>(shared + TABLE_AT) + (BIASED ? number * TABLES * TABLE : 0) +
-                         table_offset(tile, plane - region.owned[0], lane);
+                         table_offset(tile, PLANES == 1 ? 0 : plane - region.owned[0], lane);
+    const float unit = parts().unit;
     if (uniform(tile.plain)) {
-      differentiate<true>(state.results, state.own, tile, region, stage, table, nullptr, parts.unit, lane);
+      differentiate<true>(state.results, state.own, tile, region, stage, table, nullptr, unit, anew_lane(lane));
     } else {
-      differentiate<false>(state.results, state.own, tile, region, stage, table + TABLE, nullptr, parts.unit, lane);
+      differentiate<false>(state.results, state.own, tile, region, stage, table + TABLE, nullptr, unit,
+                           anew_lane(lane));
     }
   }
   __device__ __forceinline__ void end(const State& state, const Region& region, const Tile& tile) const {
     if (dk != nullptr)
-      store_result<HEAD_DIM, D>(tile.base(dk, params.dk, region, head), params.dk, tile, state.results.d, scale, lane);
+      store_result<HEAD_DIM, D>(tile.base(dk, params.dk, region, head), params.dk, tile, state.results.d, scale,
+                                anew_lane(lane));
     if (dv != nullptr)
-      store_result<HEAD_DIM_V, V>(tile.base(dv, params.dv, region, head), params.dv, tile, state.results.v, 1.f, lane);
+      store_result<HEAD_DIM_V, V>(tile.base(dv, params.dv, region, head), params.dv, tile, state.results.v, 1.f,
+                                  anew_lane(lane));
   }
   __device__ __forceinline__ bool change(const Region&, const Tile&) const { return false; }
   __device__ __forceinline__ void flush() const {}
@@ -86,11 +94,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int head = blockIdx.x % params.sizes.heads, slice = blockIdx.x / params.sizes.heads;
-  for (int i = threadIdx.x; i < SHARED_BYTES / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+  clear_shared(shared);
   __syncthreads();
-  Keys pass{d_out, q, k, v, scalars, dk, dv, params, shared, ScaleParts(scale), scale, head, warp, lane};
+  Keys pass{d_out, q, k, v, scalars, dk, dv, params, shared, scale, head, warp, lane};
   for (int number = 0; number < (BIASED ? SEEN_HEADS : 1); ++number)
     fill_tables(reinterpret_cast<float*>(shared + TABLE_AT) + number * TABLES * TABLE,
-                rpb + static_cast<long long>(head * SEEN_HEADS + number) * params.rpb.head, params.rpb, pass.parts.bias);
+                rpb + static_cast<long long>(head * SEEN_HEADS + number) * params.rpb.head, params.rpb,
+                ScaleParts(scale).bias);
   work(pass, params.sizes, shared, slice, warp);
 }

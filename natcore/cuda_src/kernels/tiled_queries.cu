@@ -9,8 +9,9 @@
 // delta = dO . O - d_lse. {log2(e) lse, -delta} are written for tiled_keys.cu, which makes dk and dv. drpb is summed as
 // common/tiled_bias.cuh says; each block writes one partial sum, and banded_backward_bias.cu adds them up.
 //
-// Shared memory (3 x 7 x 7 windows of head_dim 64, regions of 2 x 4 tiles of 4 x 4): a plane of K and V, 14 x 24 slots
-// of 256 bytes; Q and dO of each warp, 4 KB; two tables of 5 x 19 x 23 differences; the warps' sums of dS, 15 KB each.
+// Shared memory (3 x 7 x 7 windows of head_dim 64, regions of 6 x 1 tiles of 2 x 8): a plane of K and V, 19 x 16 slots
+// of 256 bytes, 76 KB; Q and dO of each warp, 4 KB; two tables of differences, 21 KB; sums of dS of each warp, 15 KB;
+// regions and tiles, 1 KB.
 #include "common/tiled_gradients.cuh"
 
 struct Params {
@@ -24,7 +25,7 @@ struct Queries {
   const float *lse, *d_lse;
   Element* dq;
   float2* scalars;
-  float* partials;
+  float* drpb_partials;
   const Params& params;
   unsigned char* shared;
   ScaleParts parts;
@@ -93,24 +94,28 @@ struct Queries {
         Mma<Element>::m16n8k16(c[h], a[0].z, a[1].z, a[0].w, a[1].w, b.z, b.w, c[h]);
       }
     }
-    float2* its_scalars = tile.base(scalars, params.scalars, region, head);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float diagonal = lane / 4 % 2 == 0 ? c[h][2 * h] : c[h][2 * h + 1];  // where lane % 4 is half of lane / 4
       own.minus_delta[2 * h] -= __shfl_sync(~0u, diagonal, lane / 4 * 4 + lane / 8);
       own.minus_delta[2 * h + 1] = own.minus_delta[2 * h];
-      const int token = lane / 4 + 8 * h;
-      if (lane % 4 == h && tile.stores(token))
-        its_scalars[Tile::offset(params.scalars, token)] = float2{own.lse[h], own.minus_delta[2 * h]};
     }
+    // Lane 0 of four writes the scalars of their first token, and lane 1 those of the second.
+    const float2 of_first{own.lse[0], own.minus_delta[0]}, of_second{own.lse[1], own.minus_delta[2]};
+    const bool second = lane % 2;
+    const int token = lane / 4 + (second ? 8 : 0);
+    if ((lane % 4 < 2) & tile.stores(token))
+      tile.base(scalars, params.scalars, region, head)[Tile::offset(params.scalars, token)] =
+          float2{second ? of_second.x : of_first.x, second ? of_second.y : of_first.y};
     read_own<D>(own.d, own_at(), parts.query, lane);
     read_own<V>(own.v, own_at() + 16 * D_PITCH, 1.f, lane);
-    state.results = Results();
+    state.results.clear();
   }
   __device__ __forceinline__ void add(State& state, const Region& region, const Tile& tile, int, int plane,
                                       const unsigned char* stage) const {
-    const float* table = reinterpret_cast<const float*>(shared + TABLE_AT) + table_offset(tile, plane - region.owned[0], lane);
-    float4* sums = sums_of(shared, warp) + (plane - region.planes.start) * (LINES * (STEPS + 1) * 32);
+    const float* table = reinterpret_cast<const float*>(shared + TABLE_AT) +
+                         table_offset(tile, PLANES == 1 ? 0 : plane - region.owned[0], lane);
+    float4* sums = sums_of(shared, warp) + (PLANES == 1 ? 0 : plane - region.planes.start) * (LINES * (STEPS + 1) * 32);
     if (uniform(tile.plain)) {
       differentiate<true>(state.results, state.own, tile, region, stage, table, sums, parts.unit, lane);
     } else {
@@ -127,7 +132,8 @@ struct Queries {
     return BIASED && tile.exists && (kind[0] != its.start[0] || kind[1] != its.start[1] || kind[2] != its.start[2]);
   }
   __device__ __forceinline__ void flush() {
-    if (partials != nullptr) add_sums(partials, shared, !flushed);
+    if (drpb_partials != nullptr)
+      add_sums(drpb_partials + static_cast<long long>(blockIdx.x) * ENTRIES, shared, !flushed);
     flushed = true;
   }
   __device__ __forceinline__ void clear(const Region& region, const Tile& tile) const {
@@ -156,11 +162,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   extern __shared__ __align__(128) unsigned char shared[];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int head = blockIdx.x % params.sizes.heads, slice = blockIdx.x / params.sizes.heads;
-  for (int i = threadIdx.x; i < SHARED_BYTES / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+  clear_shared(shared);
   __syncthreads();
-  Queries pass{d_out, q, k, v, out, lse, d_lse, dq, scalars, nullptr, params, shared, ScaleParts(scale), scale, head,
-               head / params.heads_per_kv, warp, lane};
-  if (drpb_partials != nullptr) pass.partials = drpb_partials + static_cast<long long>(blockIdx.x) * ENTRIES;
+  Queries pass{d_out, q, k, v, out, lse, d_lse, dq, scalars, drpb_partials, params, shared, ScaleParts(scale), scale,
+               head, head / params.heads_per_kv, warp, lane};
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(head) * params.rpb.head,
               params.rpb, pass.parts.bias);
   work(pass, params.sizes, shared, slice, warp);
