@@ -15,7 +15,6 @@ from natcore.planning import (
     Candidate,
     Config,
     DeviceFacts,
-    banded_cost,
     candidates,
     marching,
     marching_cost,
@@ -130,12 +129,6 @@ def _tiled(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
                     yield tiling_cost.cost(g, limit, facts.multiprocessors), (g,)
 
 
-def _banded(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
-    for g in banded_cost._geometries(call.problem, {}):
-        if g.shared_bytes <= facts.shared_bytes_per_block:
-            yield banded_cost.cost(g, facts), (g,)
-
-
 def _marching(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
     """Of the backward, one pass varies while the other is the planner's."""
     chosen = _chosen_marching(call, facts)
@@ -176,7 +169,6 @@ def _whole(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
 _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
     "tiled": _tiled,
     "marching": _marching,
-    "banded": _banded,
     "whole": _whole,
     "tiled_backward": _tiled_backward,
 }
@@ -184,6 +176,5 @@ _CHOSEN: dict[str, Callable[[Call, DeviceFacts], Cut]] = {
     "whole": lambda call, facts: (whole_geometry.choose_geometry(call.problem, call.direction, facts, {}),),
     "tiled": lambda call, facts: (tiled.configured(call, facts, {}),),
     "marching": _chosen_marching,
-    "banded": lambda call, facts: (banded_cost.choose_geometry(call.problem, facts, {}),),
     "tiled_backward": _chosen_tiled_backward,
 }

@@ -1,6 +1,7 @@
-"""The banded backward kernel against the reference: ugly cases, geometries, random problems, determinism.
+"""The tensor core backward as the planner chooses it, against the reference: ugly cases and random problems.
 
-The geometry tests need no GPU. tests/test_marching_backward.py has the kernels that are preferred on wide maps.
+tests/test_marching_backward.py, test_tiled_backward.py and test_whole_maps.py have the kernels one by one, on the cases
+and by the means of this file.
 """
 
 from __future__ import annotations
@@ -14,11 +15,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from natcore.backends import prepare
-from natcore.planning import Config, candidates, facts_for_arch, marching, operands, plan_for, refusal
-from natcore.planning.banded_cost import choose_geometry
-from natcore.planning.banded_geometry import Columns, intervals
+from natcore.planning import Config, candidates, facts_for_arch, operands, plan_for
 from natcore.planning.listed import contiguous_call
-from natcore.planning.tiling import Axis
 from natcore.problem import OPERANDS, RESULTS, Problem, call_of, problem_of
 from natcore.views import Device, View
 from tests.cases import CASES, Case, check, expected, inputs, random_case
@@ -64,75 +62,31 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize("case", ABLE + MORE, ids=lambda case: case.name)
-def test_geometry_covers_every_pair(case: Case) -> None:
-    """Every pair lies in the blocks of its group of queries and in those of its group of keys, in shared memory."""
-    g = choose_geometry(problem_for(case, "float16"), FACTS, {})
-    assert g is not None and g.shared_bytes <= FACTS.shared_bytes_per_block
-    wide = 16 // g.block_rows
-    for a, axis in enumerate(g.axes):
-        for length in axis.lengths:
-            keys, queries = intervals(axis, length)
-            pairs = [(p, n) for p, (start, end) in enumerate(keys) for n in range(start, end)]
-            assert sorted(pairs) == sorted((p, n) for n, (start, end) in enumerate(queries) for p in range(start, end))
-            for side, found in zip(("QUERY", "KEY"), (keys, queries), strict=True):
-                if a == 2:
-                    assert_columns(g.columns[side], found, length, g.group_columns, g.region[2], wide, g.dense)
-                    continue
-                span = g.spans[f"{'KEY' if side == 'QUERY' else 'QUERY'}_{'SPAN_0' if a == 0 else 'RING'}"]
-                for first in range(0, length, g.region[a]):
-                    last = min(first + g.region[a], length) - 1
-                    assert found[last][1] - found[first][0] <= span
-    for side, name in enumerate(("QUERY", "KEY")):
-        planes, rows = (longest(axis, side, band) for axis, band in zip(g.axes, (1, g.band), strict=False))
-        assert planes * rows <= g.lists[name] and g.lists[name] % g.block_rows == 0
-
-
-def longest(axis: Axis, side: int, band: int) -> int:
-    """The longest interval of keys around bands of queries (side 0), or of queries around bands of keys."""
-    found = [(intervals(axis, length)[side], length) for length in axis.lengths]
-    bands = ((f[first], f[min(first + band, n) - 1]) for f, n in found for first in range(0, n, band))
-    return max(end[1] - start[0] for start, end in bands)
-
-
-def assert_columns(c: Columns, found: list, length: int, group: int, region: int, wide: int, dense: bool) -> None:
-    """The blocks of every group, extra ones included, reach over its columns and stay in shared memory."""
-    for first in range(0, length, group):
-        start, end = found[first][0], found[min(first + group, length) - 1][1]
-        origin = first // region * region if dense else first
-        low, high = origin - c.left, origin - c.left + c.blocks * wide
-        while low > start:
-            low -= wide
-        while high < end:
-            high += wide
-        plain = low == origin - c.left and high == low + c.blocks * wide
-        assert plain or c.extra
-        place = first // region * region - c.pad
-        assert 0 <= low - place <= high - place <= c.shared
-        assert c.least <= low - first and high - 1 - first <= c.greatest
-
-
-def test_planner_prefers_others() -> None:
-    """The marching kernels are preferred, as far as they can, then the tiled ones; the general ones take the rest."""
+def test_planner_prefers_tensor_cores() -> None:
+    """Whatever they take, one of the tensor core kernels does; the general ones take the rest."""
+    taken = set()
     for case in ABLE + MORE:
         call = contiguous_call("backward", problem_for(case, "float16"))
-        marches = refusal(marching.CANDIDATE, call, FACTS) is None
-        wide = case.rank == 2 and case.spatial[1] // case.window.dilation[1] >= marching.LEAST_COLUMNS
-        assert wide or not marches, case.name
-        names = [c.name for c in candidates(call, FACTS) if c.name in ("marching", "tiled_backward", "banded")]
-        assert names == [*["marching"] * marches, "tiled_backward", "banded"], case.name
+        preferred = candidates(call, FACTS)[0]
+        taken.add(preferred.name)
+        assert plan_for(call, FACTS) == preferred.plan(call, FACTS, {}), case.name
+    assert taken == {"whole", "marching", "tiled_backward"}
     other = replace(call, problem=replace(call.problem, dtype="float32"))
     assert plan_for(other, FACTS).launches[0].kernel.name.startswith("general")
-    with pytest.raises(NotImplementedError, match="float16 and bfloat16"):
-        plan_for(other, FACTS, Config("banded"))
+    for name in taken:
+        with pytest.raises(NotImplementedError, match="float16 and bfloat16"):
+            plan_for(other, FACTS, Config(name))
 
 
-def test_workspace_is_small() -> None:
-    """The partial sums of drpb, and nothing else."""
-    for spatial, heads in (((56, 56), 2), ((7, 7), 16)):
-        case = Case("stage", spatial, 7, heads=heads, heads_kv=heads, batch=128, **WIDE)
-        plan = plan_for(contiguous_call("backward", problem_for(case, "float16")), FACTS, Config("banded"))
-        assert 0 < plan.workspace_bytes <= 4 << 20
+@pytest.mark.parametrize(("spatial", "heads"), [((56, 56), 2), ((28, 28), 4), ((14, 14), 8), ((7, 7), 16)])
+def test_workspace_is_small(spatial: tuple[int, int], heads: int) -> None:
+    """At most as much as q, and 16 MiB for partial sums."""
+    case = Case("stage", spatial, 7, heads=heads, heads_kv=heads, batch=128, **WIDE)
+    call = contiguous_call("backward", problem_for(case, "float16"))
+    q = 2 * 128 * heads * 32 * spatial[0] * spatial[1]
+    for candidate in candidates(call, FACTS):
+        if candidate.name != "general":
+            assert 0 < candidate.plan(call, FACTS, {}).workspace_bytes <= q + (16 << 20), candidate.name
 
 
 # ---- on a GPU ----
@@ -214,14 +168,7 @@ class Run:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ABLE + MORE, ids=lambda case: case.name)
 def test_cases(case: Case, dtype: str) -> None:
-    run = Run(case, dtype, Config("banded"))
-    run()
-    run.check()
-
-
-@pytest.mark.gpu
-def test_without_d_lse() -> None:
-    run = Run(MORE[0], "float16", Config("banded"), with_d_lse=False)
+    run = Run(case, dtype, None)
     run()
     run.check()
 
@@ -231,12 +178,6 @@ def test_without_d_lse() -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(case=random_case().map(fitting).filter(able), dtype=st.sampled_from(DTYPES))
 def test_random_problems(case: Case, dtype: str) -> None:
-    run = Run(case, dtype, Config("banded"))
+    run = Run(case, dtype, None)
     run()
     run.check()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", [MORE[0], MORE[1], MORE[4]], ids=lambda case: case.name)
-def test_bitwise_equal_over_1000_runs(case: Case) -> None:
-    Run(case, "bfloat16", Config("banded")).repeat(1000)

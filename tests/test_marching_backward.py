@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from natcore.planning import Config, marching, plan_for, refusal
-from natcore.planning.banded_geometry import intervals
+from natcore.planning.axis import intervals
 from natcore.planning.listed import contiguous_call
 from natcore.planning.marching_cost import choose_geometry
 from natcore.planning.marching_geometry import Geometry, Pass

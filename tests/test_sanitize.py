@@ -84,8 +84,8 @@ MEMCHECK = """========= COMPUTE-SANITIZER
 ========= ERROR SUMMARY: 1 error
 """
 RACECHECK = """========= COMPUTE-SANITIZER
-========= Error: Race reported between Write access at banded_backward+0x80
-=========     and Read access at banded_backward+0x90 [4096 hazards]
+========= Error: Race reported between Write access at tiled_queries+0x80
+=========     and Read access at tiled_queries+0x90 [4096 hazards]
 =========
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
 """

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from natcore.planning import Config, plan_for, refusal, tiled_backward
-from natcore.planning.banded_geometry import intervals
+from natcore.planning.axis import Axis, intervals
 from natcore.planning.listed import contiguous_call
 from natcore.planning.plan import DeviceFacts
 from natcore.planning.tiled_backward_cost import choose_geometry
 from natcore.planning.tiled_backward_geometry import PASSES, Geometry, Pass
-from natcore.planning.tiling import Axis, first_query
+from natcore.planning.tiling import first_query
 from natcore.problem import Call
 from tests import host, test_marching_backward
 from tests.cases import CASES as EVERY

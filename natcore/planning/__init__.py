@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from natcore.planning import banded, general, marching, tiled, tiled_backward, whole
+from natcore.planning import general, marching, tiled, tiled_backward, whole
 from natcore.planning.plan import (
     Candidate,
     Config,
@@ -54,7 +54,6 @@ CANDIDATES: tuple[Candidate, ...] = (
     marching.CANDIDATE,
     tiled.CANDIDATE,
     tiled_backward.CANDIDATE,
-    banded.CANDIDATE,
     general.CANDIDATE,
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from math import prod
 
 from natcore.planning import listed
-from natcore.planning.banded_geometry import up
+from natcore.planning.axis import up
 from natcore.planning.marching_cost import choose_geometry, cost
 from natcore.planning.marching_geometry import PASSES, Geometry, Pass
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of

@@ -11,10 +11,9 @@ from functools import cached_property
 from math import ceil
 from typing import Literal
 
-from natcore.planning.banded_geometry import intervals, up
+from natcore.planning.axis import Axis, altered, intervals, up
 from natcore.planning.marching_reach import Reach, reach_of_keys, reach_of_queries, rows_of
 from natcore.planning.plan import DeviceFacts
-from natcore.planning.tiling import Axis, altered
 from natcore.problem import Problem
 
 Pass = Literal["forward", "queries", "keys"]  # the values of PASS, in this order

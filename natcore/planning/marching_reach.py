@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from natcore.planning.banded_geometry import intervals
-from natcore.planning.tiling import Axis
+from natcore.planning.axis import Axis, intervals
 
 
 @lru_cache(maxsize=4096)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import partial
-from math import ceil, prod
+from math import prod
 
 from natcore.planning import listed
-from natcore.planning.banded import BIAS_WARPS
-from natcore.planning.banded_geometry import up
+from natcore.planning.axis import up
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
+from natcore.planning.partials import SUM_DRPB, sum_drpb
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -87,21 +87,12 @@ def _launch(call: Call, facts: DeviceFacts, g: Geometry, params: tuple[str | Par
     )
 
 
-def _bias_launch(call: Call, g: Geometry, partials: int, slices: int, arch: str) -> Launch:
-    """drpb from the partial sums."""
-    defines = (("RESULT", str(g.problem.rpb_dtype)), ("WARPS", str(BIAS_WARPS)))
+def _sum_drpb(call: Call, g: Geometry, partials: int, slices: int, arch: str) -> Launch:
+    """drpb from the partial sums, whose axes are in the kernel's order."""
     strides = strides_of(call, "drpb")
     assert strides is not None
     axis = [strides[1][a] if a >= 0 else 0 for a in g.order]
-    shape = [2 * x.kernel - 1 for x in g.axes]
-    params = Constant(struct.pack("=4q5i4x", strides[2], *axis, g.problem.heads, *shape, slices))
-    return Launch(
-        KernelSpec("banded_backward_bias", defines, arch),
-        (ceil(g.problem.heads * g.entries / 32), 1, 1),
-        (32 * BIAS_WARPS, 1, 1),
-        0,
-        (Workspace(partials), Operand(OPERANDS["backward"].index("drpb")), params),
-    )
+    return sum_drpb(g.problem, strides[2], axis, [2 * x.kernel - 1 for x in g.axes], slices, arch, partials)
 
 
 def _chosen(call: Call, facts: DeviceFacts, options: Mapping[str, int], of: Pass) -> Geometry:
@@ -126,7 +117,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
         params = ("d_out", "q", "k", "v", Workspace(0), "rpb", "dk", "dv")
         launches.append(_launch(call, facts, keys, params, _scalars(keys)))
     if with_bias:
-        launches.append(_bias_launch(call, queries, scalars, slices, facts.arch))
+        launches.append(_sum_drpb(call, queries, scalars, slices, facts.arch))
     return Plan(tuple(launches), scalars + (slices * p.heads * queries.entries * 4 if with_bias else 0))
 
 
@@ -166,7 +157,7 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
 
 CANDIDATE = Candidate(
     "tiled_backward",
-    tuple(KernelInfo(f"tiled_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0) for of in PASSES),
+    (*(KernelInfo(f"tiled_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0) for of in PASSES), SUM_DRPB),
     OPTIONS,
     refusal,
     plan,

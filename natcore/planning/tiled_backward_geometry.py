@@ -13,9 +13,9 @@ from itertools import permutations
 from math import ceil, lcm, prod
 from typing import Literal, NamedTuple
 
-from natcore.planning.banded_geometry import intervals, up
+from natcore.planning.axis import Axis, intervals, up
 from natcore.planning.plan import DeviceFacts
-from natcore.planning.tiling import Axis, first_query
+from natcore.planning.tiling import first_query
 from natcore.problem import Problem
 
 Pass = Literal["queries", "keys"]

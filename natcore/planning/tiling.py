@@ -6,59 +6,17 @@ span of a region, the pitches in shared memory.
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
 from math import ceil, inf, prod
-from typing import TypeVar
 
+from natcore.planning.axis import Axis, altered
 from natcore.problem import Problem
 
 TILE_QUERIES = 16
 WHOLE_BLOCKS, CHUNK_BLOCKS = 16, 12  # the most n8 blocks of scores held at once: of a tile in one go, of a part
 TILE_BYTES = 44  # struct Tile of common/tiles.cuh
-
-
-T = TypeVar("T")
-
-
-def altered(geometry: T, **fields: int) -> T:
-    """As dataclasses.replace, many times faster: nothing that its cached properties know may depend on the fields."""
-    other = copy(geometry)
-    other.__dict__.update(fields)
-    return other
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis as the kernel sees it."""
-
-    extent: int
-    kernel: int
-    stride: int
-    dilation: int
-    causal: bool
-
-    def keys(self, p: int, length: int) -> tuple[int, int]:
-        """The interval of keys of query p of a dilation group (see cuda_src/common/window.cuh)."""
-        block = p // self.stride * self.stride
-        if self.causal:
-            return max(min(block + self.stride, length) - self.kernel, 0), p + 1
-        center = min(block + self.stride // 2, length - 1)
-        start = min(max(center - self.kernel // 2, 0), length - self.kernel)
-        return start, start + self.kernel
-
-    @cached_property
-    def lengths(self) -> tuple[int, ...]:
-        """The distinct lengths of dilation groups, the longest first."""
-        return tuple(sorted({ceil((self.extent - g) / self.dilation) for g in range(self.dilation)}, reverse=True))
-
-    def sample(self, length: int, tile: int) -> list[int]:
-        """Tile numbers among which every pattern of windows occurs: both ends, and one period between."""
-        count = ceil(length / tile)
-        ends = 2 * ceil((self.kernel + self.stride) / tile) + self.stride + 2
-        return [*range(min(count, ends)), *range(max(ends, count - ends), count)]
 
 
 def first_query(length: int, tile: int, number: int) -> int:

@@ -19,7 +19,8 @@ from functools import lru_cache
 from itertools import permutations, product
 from math import ceil, inf, prod
 
-from natcore.planning.tiling import TILE_QUERIES, Axis, Geometry, first_query
+from natcore.planning.axis import Axis
+from natcore.planning.tiling import TILE_QUERIES, Geometry, first_query
 from natcore.problem import Problem
 
 SETUP, LOAD, TILE, OUTPUT, SCORES, PRODUCTS, MASK = 800, 10, 180, 60, 19, 6, 18

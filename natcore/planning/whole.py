@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from math import ceil, prod
 
 from natcore.planning import listed
-from natcore.planning.banded import sum_of_partials
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
+from natcore.planning.partials import SUM_DRPB, sum_drpb
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -80,7 +80,10 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
         return Plan((_launch(call, facts, g, _BACKWARD, (Constant(bytes(8)),)),), 0)
     slices = g.slices(facts) * g.groups
     main = _launch(call, facts, g, _BACKWARD, (Workspace(0),))
-    return Plan((main, sum_of_partials(p, drpb, slices, facts.arch)), slices * p.heads * g.entries * 4)
+    head, *axis = drpb
+    missing = 3 - len(axis)  # axes, which lead
+    axis, shape = (*[0] * missing, *axis), (*[1] * missing, *p.window.rpb_shape)
+    return Plan((main, sum_drpb(p, head, axis, shape, slices, facts.arch)), slices * p.heads * g.entries * 4)
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:
@@ -140,8 +143,9 @@ def _listed() -> tuple[Call, ...]:
 
 CANDIDATE = Candidate(
     "whole",
-    tuple(
-        KernelInfo(f"whole_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0) for of in ("forward", "backward")
+    (
+        *(KernelInfo(f"whole_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0) for of in OPERANDS),
+        SUM_DRPB,
     ),
     OPTIONS,
     refusal,

@@ -8,8 +8,8 @@ from functools import cached_property, lru_cache
 from itertools import product
 from math import ceil, prod
 
+from natcore.planning.axis import Axis
 from natcore.planning.plan import DeviceFacts
-from natcore.planning.tiling import Axis
 from natcore.problem import Direction, Problem
 
 MAX_TILES = 8  # of 8 tokens: 64 tokens

@@ -14,7 +14,7 @@
 //
 // drpb: blocks of dS whose tiles are equally far apart are added up (see whole_map.cuh), each lane in places of its
 // own, over all maps of a warp; then over a head's warps and over pairs with the same difference; then over blocks by
-// banded_backward_bias: all in a fixed order. (In registers these sums would keep dS there, too, as the compiler puts
+// sum_drpb: all in a fixed order. (In registers these sums would keep dS there, too, as the compiler puts
 // off what nobody waits for.)
 //
 // Shared memory, bytes: bias and mask (struct Scores); then for each warp, STAGES times K, V, Q, dO, lse and d_lse,

@@ -1,4 +1,4 @@
-// drpb from the partial tables of banded_backward: a sum over slices, in a fixed order, rounded once.
+// drpb from the partial sums that blocks left: a sum over slices, in a fixed order, rounded once.
 //
 //   slices     0    1    2   ...   WARPS   ...        warp w adds slices w, w + WARPS, ..., a lane for
 //   warps      w0   w1   w2  ...   w0      ...        each of 32 entries; then warp 0 adds the warps' sums
@@ -12,9 +12,9 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    banded_backward_bias(const float* __restrict__ partials,  // [slices, heads, *shape], contiguous
-                         RESULT* __restrict__ drpb,           // [heads, *shape]
-                         const __grid_constant__ Params params) {
+    sum_drpb(const float* __restrict__ partials,  // [slices, heads, *shape], contiguous
+             RESULT* __restrict__ drpb,           // [heads, *shape]
+             const __grid_constant__ Params params) {
   __shared__ float of_warp[WARPS][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int entries = params.shape[0] * params.shape[1] * params.shape[2], count = params.heads * entries;
