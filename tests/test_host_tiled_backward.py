@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from natcore.compiling import SOURCES
 from natcore.planning import Config, DeviceFacts, plan_for, refusal, tiled_backward
 from natcore.planning.listed import contiguous_call
 from natcore.problem import OPERANDS, call_of, problem_of
@@ -15,7 +18,7 @@ from tests.cases import CASES, Case, check
 from tests.test_fast_backward import fitting, problem_for
 from tests.test_general_kernels import view
 from tests.test_host_backward import Arrays, execute, prepared
-from tests.test_host_marching import FACTS
+from tests.test_host_marching import FACTS, OLDER
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
 PLAIN = {"head_dim": 16, "head_dim_v": 16}
@@ -65,3 +68,97 @@ def judge(
 @pytest.mark.parametrize("case", [*OWN, *(fitting(c) for c in CASES if able(fitting(c)))], ids=lambda case: case.name)
 def test_cases(case: Case, folder: Path) -> None:
     judge(case, "float16", folder)
+
+
+MAP = OWN[0]
+#: Options that cut a map otherwise than the planner would.
+OTHERS = [
+    ("map", {"columns": 4, "region0": 1, "region1": 2, "blocks_per_sm": 1, "stages": 1}),
+    ("map", {"columns": 16, "ordering": 1}),
+    ("grouped", {"keys_region0": 1, "keys_region1": 2, "keys_blocks_per_sm": 1, "keys_stages": 1}),
+    ("video", {"ordering": 2, "keys_ordering": 4, "stages": 1, "keys_stages": 2}),
+    ("line", {"region0": 1, "region1": 3, "blocks_per_sm": 1, "stages": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OTHERS)
+def test_other_geometries(name: str, options: dict[str, int], folder: Path) -> None:
+    judge(next(case for case in OWN if case.name == name), "bfloat16", folder, options)
+
+
+@pytest.mark.parametrize("absent", [("d_lse",), ("dk",), ("dv", "drpb"), ("dk", "dv"), ("dq", "drpb")])
+def test_what_may_be_absent(absent: tuple[str, ...], folder: Path) -> None:
+    results = judge(MAP, "float16", folder, absent=absent)
+    assert set(results) == {"dq", "dk", "dv", "drpb"} - set(absent)
+
+
+@pytest.mark.parametrize("order", [host.Order.EAGER, 2, 3])
+def test_any_order(order: int, folder: Path) -> None:
+    """Whichever thread is first and whenever copies land, the results are the same to the bit."""
+    first, again = judge(MAP, "float16", folder), judge(MAP, "float16", folder, order=order)
+    for name, result in first.items():
+        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+
+
+def test_older_architecture(folder: Path) -> None:
+    judge(MAP, "bfloat16", folder, facts=OLDER)
+
+
+# ---- that defects are noticed ----
+
+# In which file what becomes what, and how it shows.
+DEFECTS = {
+    "nobody waits for copies": ("common/tiled_gradients.cuh", "cp_async_wait<0>();", ";", "error|not finite"),
+    "planes are overwritten": (
+        "common/tiled_gradients.cuh",
+        "__syncthreads();  // the plane has been read",
+        ";  // the plane has been read",
+        "error|not finite",
+    ),
+    "delta with the wrong sign": (
+        "kernels/tiled_queries.cu",
+        "own.minus_delta[2 * h] -= __shfl_sync",
+        "own.minus_delta[2 * h] += __shfl_sync",
+        "dq: error",
+    ),
+    "queries of other tiles weigh as well": (
+        "kernels/tiled_queries.cu",
+        "if (stored) state.own.lse[h] = LOG2_E",
+        "state.own.lse[h] = LOG2_E",
+        "drpb: error|not finite",
+    ),
+    "sums go on with tiles of another kind": (
+        "common/tiled_gradients.cuh",
+        "if (pass.change(next, its)) flags[next_turn] = 1;",
+        ";",
+        "drpb: error",
+    ),
+    "a warp's sums are lost": (
+        "common/tiled_bias.cuh",
+        "for (int warp = 0; warp < WARPS; ++warp) {",
+        "for (int warp = 1; warp < WARPS; ++warp) {",
+        "drpb: error",
+    ),
+    "rows are not masked": ("common/tiled_gradients.cuh", "& mask[h][e] & other)", "& mask[h][e])", "error"),
+    "columns are not masked": ("common/tiled_gradients.cuh", "& mask[h][e] & other)", "& other)", "error"),
+    "the last line is left out": (
+        "common/tiled_gradients.cuh",
+        "for (int line = 0; line < lines; ++line) {",
+        "for (int line = 0; line < lines - 1; ++line) {",
+        "dq: error",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
+    file, text, replacement, error = DEFECTS[defect]
+    sources = tmp_path / "cuda_src"
+    shutil.copytree(SOURCES, sources)
+    source = (sources / file).read_text()
+    assert source.count(text) == 1
+    (sources / file).write_text(source.replace(text, replacement))
+    options = {"region0": 1, "region1": 2, "blocks_per_sm": 1, "stages": 1}
+    order = 2 if "overwritten" in defect else host.Order.LATE
+    with pytest.raises((host.BlockError, AssertionError), match=error):
+        judge(MAP, "float16", folder, options, order=order, sources=sources)
