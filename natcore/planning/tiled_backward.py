@@ -30,7 +30,7 @@ from natcore.planning.plan import (
     Scale,
     Workspace,
 )
-from natcore.planning.tiled_backward_cost import choose_geometry
+from natcore.planning.tiled_backward_cost import choose_geometry, cost
 from natcore.planning.tiled_backward_geometry import PASSES, Geometry, Pass
 from natcore.problem import OPERANDS, Call
 
@@ -155,6 +155,11 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     return None
 
 
+def clocks(call: Call, facts: DeviceFacts) -> float:
+    """By the cost model, of both passes."""
+    return sum(cost(_chosen(call, facts, {}, of), facts) for of in PASSES)
+
+
 CANDIDATE = Candidate(
     "tiled_backward",
     (*(KernelInfo(f"tiled_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0) for of in PASSES), SUM_DRPB),
@@ -163,4 +168,5 @@ CANDIDATE = Candidate(
     plan,
     partial(listed.small_windows, "backward"),
     directions=("backward",),
+    clocks=clocks,
 )
