@@ -7,7 +7,7 @@
 //   S = Q K^T, dP = dO V^T - delta, P = exp(S - lse), dS = P dP, dQ += dS K
 //
 // delta = dO . O - d_lse. {log2(e) lse, -delta} are written for tiled_keys.cu, which makes dk and dv. drpb is summed as
-// common/tiled_bias.cuh says; each block writes one partial sum, and banded_backward_bias.cu adds them up.
+// common/tiled_bias.cuh says; each block writes one partial sum, and sum_drpb.cu adds them up.
 //
 // Shared memory (3 x 7 x 7 windows of head_dim 64, regions of 6 x 1 tiles of 2 x 8): a plane of K and V, 19 x 16 slots
 // of 256 bytes, 76 KB; Q and dO of each warp, 4 KB; two tables of differences, 21 KB; sums of dS of each warp, 15 KB;
