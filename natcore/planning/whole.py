@@ -144,7 +144,10 @@ def _listed() -> tuple[Call, ...]:
 CANDIDATE = Candidate(
     "whole",
     (
-        *(KernelInfo(f"whole_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0) for of in OPERANDS),
+        *(
+            KernelInfo(f"whole_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0)
+            for of in ("forward", "backward")
+        ),
         SUM_DRPB,
     ),
     OPTIONS,
