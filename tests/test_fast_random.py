@@ -1,4 +1,4 @@
-"""2,000 random problems of the tensor core kernels on a GPU, forward and backward, from at most 80 compiled kernels.
+"""2,000 random problems of the tensor core kernels on a GPU, forward and backward, from at most 90 compiled kernels.
 
 A `Build` fixes what is compiled in: the window, the head dimensions, the dtypes and how the map is cut. Within
 one, all else varies from problem to problem: the map, batch, heads and grouped heads, the scale, outliers, and
@@ -28,7 +28,7 @@ from tests.scattered import broadcast, packed, scattered
 from tests.test_cuda_backend import Array, run
 
 PROBLEMS = 2000
-KERNELS = 80
+KERNELS = 90
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 ROWS = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")  # of head_dim elements: 16-byte aligned for fast kernels
 PAIRS = 1_000_000  # of queries and keys, over batch and heads: what the reference does in 0.1 s
