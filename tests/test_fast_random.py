@@ -90,6 +90,7 @@ BUILDS = [
     Build("long_line", B, ((270, 380),), 127, 32, 32, dilation=2),
     Build("causal_line", F, ((100, 300),), 20, 128, 64, "same", is_causal=True),
     Build("video", B, ((4, 7), (8, 12), (8, 12)), (3, 5, 5), 32, 32),
+    Build("small", F, ((6, 7), (6, 7)), 5, 16, 32, planned_for=(128, 16)),
 ]
 
 
