@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import permutations, product
 from math import ceil, inf, prod
+from typing import NamedTuple
 
 from natcore.planning.axis import Axis
 from natcore.planning.tiling import TILE_QUERIES, Geometry, first_query
@@ -74,21 +75,36 @@ def _registers(g: Geometry) -> tuple[int, int]:
     return need + output, min(255, REGISTERS // 4 // 32 // each_quarter // 8 * 8)
 
 
-def cost(g: Geometry, shared_bytes: int, multiprocessors: int) -> float:
-    """Clocks of the launch, by the model above. ``shared_bytes`` is the limit of one block."""
+class Work(NamedTuple):
+    """Of a block, whatever its launch: instructions to load its span and of a tile, tiles, the share of them there is."""
+
+    load: float
+    tile: float
+    tiles: int
+    existing: float
+
+
+def work_of(g: Geometry) -> Work:
+    """By the model above. Of a geometry whose accumulators are kept, a tile takes no mask."""
     p = g.problem
     width = (p.head_dim + p.head_dim_v) / 64
-    resident = min(g.blocks_per_sm, (shared_bytes + RESERVED_SHARED) // (g.shared_bytes + RESERVED_SHARED))
-    if resident < 1:
-        return inf
     each = tuple(zip(g.axes, g.tile, strict=True))
     mask = 0.0 if g.kept else MASK * (1 - prod(_interior(axis, tile) for axis, tile in each))
     tile = g.blocks * (SCORES + PRODUCTS * width + mask) + TILE + OUTPUT * p.head_dim_v / 32
     tile += 20 if g.halo[2] % 8 else 0  # addresses
     tiles, exist = prod(g.region), prod(ceil(axis.lengths[0] / tile) for axis, tile in each)
-    turns = 0.6 * ceil(tiles / g.warps) * g.warps + 0.4 * tiles  # idle warps leave room to others
     load = LOAD * prod(g.span) * (p.head_dim + p.head_dim_v) / 8 / 32
-    instructions = SETUP * g.warps + g.rounds * (load + turns * exist / (prod(g.regions) * tiles) * tile)
+    return Work(load, tile, tiles, exist / (prod(g.regions) * tiles))
+
+
+def cost(g: Geometry, shared_bytes: int, multiprocessors: int, work: Work | None = None) -> float:
+    """Clocks of the launch, by the model above. ``shared_bytes`` is the limit of one block, ``work`` that of g."""
+    resident = min(g.blocks_per_sm, (shared_bytes + RESERVED_SHARED) // (g.shared_bytes + RESERVED_SHARED))
+    if resident < 1:
+        return inf
+    load, tile, tiles, existing = work or work_of(g)
+    turns = 0.6 * ceil(tiles / g.warps) * g.warps + 0.4 * tiles  # idle warps leave room to others
+    instructions = SETUP * g.warps + g.rounds * (load + turns * existing * tile)
     need, left = _registers(g)
     clocks = instructions * resident / min(ISSUE, resident * g.warps / LATENCY) * (SPILL if need > left else 1)
     clocks += WAIT * (g.rounds if g.stages == 1 else 1)
@@ -135,9 +151,10 @@ def choose_geometry(problem: Problem, shared_bytes: int, multiprocessors: int) -
             smallest = Geometry.of(problem, unit.order, unit.tile, region)
             if smallest.shared_bytes > shared_bytes:
                 continue
+            work = work_of(smallest)
             for g in with_warps(smallest):
                 if g.shared_bytes <= shared_bytes:
-                    price = cost(g, shared_bytes, multiprocessors)
+                    price = cost(g, shared_bytes, multiprocessors, None if g.kept else work)
                     if best is None or price < best[0]:
                         best = (price, g)
     return None if best is None else best[1]
