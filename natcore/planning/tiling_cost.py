@@ -76,7 +76,7 @@ def _registers(g: Geometry) -> tuple[int, int]:
 
 
 class Work(NamedTuple):
-    """Of a block, whatever its launch: instructions to load its span and of a tile, tiles, the share of them there is."""
+    """Of a block, whatever its launch: instructions to load its span and of a tile; tiles, and the share there is."""
 
     load: float
     tile: float
