@@ -73,11 +73,12 @@ def geometries(
 
     short = max(problem.head_dim, problem.head_dim_v) <= 32
     heads = [h for h in (1, 2, 3, 4, 8) if problem.heads % h == 0]
-    # What the model does not know: of the backward, blocks of 16 rows are slower where 8 hold a band's rows, and bands
-    # of 8 rows of queries than of 4; so are bands of 8 rows of several heads.
-    tall = of == "forward" or problem.window.kernel_size[0] > 7
-    block_rows = free("block_rows", [8, 16] if tall else [8])
-    bands = free("band", [2, 4] if of == "queries" else [2, 4, 8])
+    # What the model does not know: of the backward, blocks of 16 rows are slower where 8 hold a band's rows, bands of 4
+    # rows of queries than of 2 (kernel 3: 142 us against 124), and of 8 than of 4; so are bands of 8 rows of several
+    # heads.
+    tall = problem.window.kernel_size[0] > 7
+    block_rows = free("block_rows", [8, 16] if of == "forward" or tall else [8])
+    bands = free("band", [2, 4, 8] if of != "queries" else [2, 4] if tall else [2])
     shapes = product(bands, block_rows, free("groups", [1, 2] if short else [1]))
     for band, height, groups in shapes:
         for tiles, its_heads, blocks in product(
