@@ -144,16 +144,17 @@ def test_every_branch_of_every_sample_is_dropped_on_its_own(layout: str):
     plain, flat = replace(SMALL, num_classes=0, drop_path_rate=0.5), layout == "vit_rpb"
     config = replace(plain, layout=layout, depths=(3,), num_heads=(2,), dilations=None) if flat else plain
     model = torch_nat.NAT(config).train()
-    stage = model.layers if flat else model.levels[1].blocks
+    stage = model.get_submodule("layers" if flat else "levels.1.blocks")
+    blocks = [block for block in stage.children() if isinstance(block, NATBlock)]
     dropped: list[Tensor] = []
-    for block in stage:
+    for block in blocks:
         block.drop_path.rate = 0.5
         block.drop_path.register_forward_hook(lambda _, inputs, y: dropped.append((y == 0).flatten(1).all(1)))
-    stage[0] = nn.Sequential(stage[0])
+    stage.add_module("0", nn.Sequential(blocks[0]))
     images = torch.randn(64, 3, *(2 * (config.patch_size * config.kernel_size,) if flat else (40, 40)))
     with torch.no_grad():
         model(images)
-    assert len(dropped) == 2 * len(stage)
+    assert len(dropped) == 2 * len(blocks) == 2 * len(list(stage.children()))
     for at, one in enumerate(dropped):
         assert 16 <= one.sum() <= 48
         assert all((one != other).sum() >= 16 for other in dropped[:at])
