@@ -16,7 +16,7 @@ from itertools import product
 from math import ceil, prod
 from typing import NamedTuple
 
-from natcore.planning.plan import DeviceFacts
+from natcore.planning.plan import DeviceFacts, capability
 from natcore.planning.tiled_backward_geometry import TILES, Geometry, Pass, orders
 from natcore.problem import Problem
 
@@ -48,6 +48,7 @@ WARPS: dict[Pass, tuple[tuple[int, int], ...]] = {
     "queries": ((4, 16), (6, 12), (16, 8)),
     "keys": ((4, 14), (6, 12), (16, 8)),
 }
+SQUARE = 12  # warps, for tiles of 4 columns, where compilers for sm_100 and later want more registers
 RESERVED = 1024  # bytes of shared memory that the driver takes from every block
 
 
@@ -82,15 +83,16 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int],
                 continue
             g = replace(unit, region=region, stages=stages, blocks_per_sm=blocks)
             limit = (facts.shared_bytes_per_block + RESERVED) // blocks - RESERVED
-            few = given or g.warps * blocks <= max_warps(g)
+            few = given or g.warps * blocks <= max_warps(g, facts)
             if few and g.is_legal and g.shared_bytes <= limit:
                 yield g
 
 
-def max_warps(g: Geometry) -> int:
+def max_warps(g: Geometry, facts: DeviceFacts) -> int:
     """Warps of a multiprocessor that have the registers they need, without spills."""
     steps = sum(ceil(n / 16) for n in (g.problem.head_dim, g.problem.head_dim_v))
-    return next(warps for most, warps in WARPS[g.of] if steps <= most)
+    warps = next(warps for most, warps in WARPS[g.of] if steps <= most)
+    return min(warps, SQUARE) if g.tile[1] <= 4 and capability(facts.arch) >= 100 else warps
 
 
 def cost(g: Geometry, facts: DeviceFacts) -> float:
