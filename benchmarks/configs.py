@@ -18,6 +18,7 @@ from natcore.planning import (
     candidates,
     marching,
     marching_cost,
+    passes,
     plan_for,
     tiled,
     tiled_backward,
@@ -92,8 +93,8 @@ def _config(candidate: Candidate, cut: Cut) -> Config:
     """The options of a candidate by which it cuts the map so."""
     options = []
     for geometry in cut:
-        prefix = marching.KEYS if getattr(geometry, "of", "") == "keys" else ""
-        its = (name for name in candidate.options if name.startswith(marching.KEYS) == bool(prefix))
+        prefix = passes.KEYS if getattr(geometry, "of", "") == "keys" else ""
+        its = (name for name in candidate.options if name.startswith(passes.KEYS) == bool(prefix))
         options += [(name, _value(geometry, name.removeprefix(prefix))) for name in its]
     return Config(candidate.name, tuple(options))
 

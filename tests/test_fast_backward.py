@@ -6,8 +6,10 @@ and by the means of this file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from natcore.backends import prepare
-from natcore.planning import Config, candidates, facts_for_arch, operands, plan_for
+from natcore.planning import Config, candidates, facts_for_arch, operands, passes, plan_for
 from natcore.planning.listed import contiguous_call
 from natcore.problem import OPERANDS, RESULTS, Problem, call_of, problem_of
 from natcore.views import Device, View
@@ -41,6 +43,13 @@ def problem_for(case: Case, dtype: str) -> Problem:
         case.window, case.batch, case.spatial, case.heads, case.heads_kv, case.head_dim, case.head_dim_v,
         case.extra, dtype, rpb,
     )  # fmt: skip
+
+
+def of_passes(kernel: str, options: dict[str, int], fit: Callable[[Literal["queries", "keys"]], bool]) -> Config:
+    """The options for each of a kernel's two passes that they fit."""
+    found = options if fit("queries") else {}
+    found = found | ({passes.KEYS + name: value for name, value in options.items()} if fit("keys") else {})
+    return Config(kernel, tuple(found.items()))
 
 
 ABLE = [fitting(case) for case in CASES if able(case)]

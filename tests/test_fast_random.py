@@ -194,7 +194,7 @@ def arrays_of(build: Build, case: Case, host: dict[str, np.ndarray], rng: np.ran
 
 
 def judge(build: Build, special: Specialised, rng: np.random.Generator, number: int) -> bool:
-    """One random problem; False where it is not for these kernels (grouped heads have no tensor core backward)."""
+    """One random problem; False where it is not for these kernels (not all of them take grouped heads)."""
     case = draw_case(build, special.maps, rng)
     served = [d for d in DIRECTIONS if special.serve(contiguous_call(d, _problem(build, case)))]
     if "forward" not in served or (case.heads == case.heads_kv and "backward" not in served):

@@ -23,7 +23,7 @@ from natcore.planning.plan import DeviceFacts
 from natcore.problem import Call
 from tests import host, test_fast_forward, test_marching_forward
 from tests.cases import Case
-from tests.test_fast_backward import ABLE, DTYPES, FACTS, MORE, Run, fitting, problem_for
+from tests.test_fast_backward import ABLE, DTYPES, FACTS, MORE, Run, fitting, of_passes, problem_for
 
 PASSES: tuple[Pass, ...] = ("queries", "keys")
 WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
@@ -82,9 +82,7 @@ def geometry_for(case: Case, of: Pass, options: dict[str, int], facts: DeviceFac
 
 def configured(case: Case, options: dict[str, int], facts: DeviceFacts = FACTS) -> Config:
     """Each pass with the options, where they fit it."""
-    its = {"queries": options, "keys": {marching.KEYS + name: value for name, value in options.items()}}
-    fitting_ones = [its[of] for of in PASSES if geometry_for(case, of, options, facts) is not None]
-    return Config("marching", tuple(item for found in fitting_ones for item in found.items()))
+    return of_passes("marching", options, lambda of: geometry_for(case, of, options, facts) is not None)
 
 
 PAIRS = [

@@ -25,7 +25,7 @@ from natcore.problem import Call
 from tests import host, test_marching_backward
 from tests.cases import CASES as EVERY
 from tests.cases import Case
-from tests.test_fast_backward import DTYPES, FACTS, MORE, Run, fitting, problem_for
+from tests.test_fast_backward import DTYPES, FACTS, MORE, Run, fitting, of_passes, problem_for
 
 WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
 PLAIN = {"head_dim": 16, "head_dim_v": 16}
@@ -75,9 +75,7 @@ def geometry_for(case: Case, of: Pass, options: dict[str, int], facts: DeviceFac
 
 def configured(case: Case, options: dict[str, int], facts: DeviceFacts = FACTS) -> Config:
     """Each pass with the options, where they fit it."""
-    its = {"queries": options, "keys": {tiled_backward.KEYS + name: value for name, value in options.items()}}
-    fitting_ones = [its[of] for of in PASSES if geometry_for(case, of, options, facts) is not None]
-    return Config("tiled_backward", tuple(item for found in fitting_ones for item in found.items()))
+    return of_passes("tiled_backward", options, lambda of: geometry_for(case, of, options, facts) is not None)
 
 
 PAIRS = [

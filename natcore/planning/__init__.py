@@ -1,12 +1,12 @@
 """Choosing how to run a call: pure functions from (call, device facts) to a plan. No GPU needed.
 
 `plan_for` is the door. A `Candidate` is one way to run calls; to add one, write its module beside
-`general` and put its CANDIDATE into `CANDIDATES`, before those that it should be preferred to.
+`general`, with a cost model if it is to be preferred to others, and put its CANDIDATE into `CANDIDATES`.
 """
 
 from __future__ import annotations
 
-from itertools import groupby
+from math import inf
 
 from natcore.planning import general, marching, tiled, tiled_backward, whole
 from natcore.planning.plan import (
@@ -48,7 +48,7 @@ __all__ = [
     "refusal",
 ]
 
-#: Every way to run a call, the preferred first. The general kernels, last, take every valid problem.
+#: Every way to run a call. The general kernels, last, take every valid problem.
 CANDIDATES: tuple[Candidate, ...] = (
     whole.CANDIDATE,
     marching.CANDIDATE,
@@ -61,12 +61,10 @@ CANDIDATES: tuple[Candidate, ...] = (
 def candidates(call: Call, facts: DeviceFacts) -> tuple[Candidate, ...]:
     """The candidates that can run the call on the GPU, the preferred first.
 
-    Neighbours with cost models are in the order of their clocks, all others in that of `CANDIDATES`.
+    They are in the order of their clocks; those without a cost model come last.
     """
-    able = [c for c in CANDIDATES if refusal(c, call, facts) is None]
-    modelled = groupby(able, key=lambda c: c.clocks is not None)
-    rank = {c.name: c.clocks(call, facts) for c in able if c.clocks is not None}
-    return tuple(c for _, group in modelled for c in sorted(group, key=lambda c: rank.get(c.name, 0.0)))
+    able = (c for c in CANDIDATES if refusal(c, call, facts) is None)
+    return tuple(sorted(able, key=lambda c: inf if c.clocks is None else c.clocks(call, facts)))
 
 
 def refusal(candidate: Candidate, call: Call, facts: DeviceFacts) -> str | None:

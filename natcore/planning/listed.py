@@ -54,7 +54,7 @@ def _unfused() -> tuple[Call, ...]:
     return (*scores, *[contiguous_call(direction, p) for p in problems for direction in ("av", "av_backward")])
 
 
-def small_windows(direction: Direction) -> tuple[Call, ...]:
+def small_windows(*directions: Direction) -> tuple[Call, ...]:
     """16-bit elements: the stages of NAT-Tiny, other windows, ranks and head dimensions."""
     nat = Problem(Window.of(2, 7), 128, (56, 56), 2, 2, 32, 32, 0, "float16", "float32")
     problems = [nat, replace(nat, dtype="bfloat16", rpb_dtype="bfloat16"), replace(nat, rpb_dtype=None)]
@@ -66,4 +66,4 @@ def small_windows(direction: Direction) -> tuple[Call, ...]:
         replace(nat, spatial=(4096,), window=Window.of(1, 63, is_causal=True), batch=4),
         replace(nat, spatial=(16, 32, 32), window=Window.of(3, (3, 5, 5)), head_dim=64, head_dim_v=64, batch=1),
     ]
-    return tuple(contiguous_call(direction, problem) for problem in problems)
+    return tuple(contiguous_call(direction, problem) for direction in directions for problem in problems)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from math import prod
+from functools import partial
 
 from natcore.planning import listed
-from natcore.planning.axis import up
 from natcore.planning.marching_cost import choose_geometry, cost
 from natcore.planning.marching_geometry import PASSES, Geometry, Pass
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
+from natcore.planning.passes import KEYS, options_of, scalars_bytes
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -32,12 +32,10 @@ from natcore.problem import OPERANDS, Call, Direction
 
 LEAST_COLUMNS = 8  # a map's; on narrower ones other kernels were faster
 _CHOICES = ("band", "block_rows", "groups", "tiles", "heads", "ring", "own_ring", "producers", "blocks_per_sm")
-KEYS = "keys_"  # before the name of an option: of the backward of keys
 OPTIONS = (*_CHOICES, *(KEYS + name for name in _CHOICES))
 _FORWARD = ("q", "k", "v", "rpb", "out", "lse")
 _QUERIES = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq")
 _KEYS = ("rpb", "dk", "dv", "drpb")
-_ALIGNMENT = 256  # of what lies in the workspace
 
 
 def _layout(call: Call, name: str, g: Geometry) -> bytes:
@@ -77,7 +75,7 @@ def passes_of(direction: Direction) -> tuple[Pass, ...]:
 
 
 def _chosen(call: Call, facts: DeviceFacts, options: Mapping[str, int], of: Pass) -> Geometry:
-    its = {n.removeprefix(KEYS): v for n, v in options.items() if n.startswith(KEYS) == (of == "keys")}
+    its = options_of(options, of)
     g = choose_geometry(call.problem, facts, its, of)
     if g is None:
         raise ValueError(f"config: no geometry of {of} with the options {its} fits {call.problem}.")
@@ -90,7 +88,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
         return Plan((_launch(call, facts, _chosen(call, facts, options, "forward"), _FORWARD),), 0)
     p = call.problem
     queries, keys = (_chosen(call, facts, options, of) for of in passes_of("backward"))
-    scalars = up(prod((p.batch, *p.spatial, p.heads)) * 8, _ALIGNMENT)
+    scalars = scalars_bytes(p)
     with_bias, slices = call.strides[OPERANDS["backward"].index("drpb")] is not None, queries.slices(facts)
     partials: Param = Workspace(scalars) if with_bias else Constant(bytes(8))
     launches = (
@@ -116,7 +114,7 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     if reason is not None:
         return reason
     if call.direction == "backward" and p.heads != p.heads_kv:
-        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the general kernels."
+        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the tiled one."
     if any(choose_geometry(p, facts, {}, of) is None for of in passes_of(call.direction)):
         return f"kernel_size {p.window.kernel_size}: what 8 tokens see does not fit a row of blocks."
     return None
@@ -127,16 +125,12 @@ def clocks(call: Call, facts: DeviceFacts) -> float:
     return sum(cost(_chosen(call, facts, {}, of), facts) for of in passes_of(call.direction))
 
 
-def _listed() -> tuple[Call, ...]:
-    return listed.small_windows("forward") + listed.small_windows("backward")
-
-
 CANDIDATE = Candidate(
     "marching",
     tuple(KernelInfo(f"marching_{of}", ("sm_80+",), max_registers=255, max_shared_bytes=0) for of in PASSES),
     OPTIONS,
     refusal,
     plan,
-    _listed,
+    partial(listed.small_windows, "forward", "backward"),
     clocks=clocks,
 )

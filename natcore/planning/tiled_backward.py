@@ -14,9 +14,9 @@ from functools import partial
 from math import prod
 
 from natcore.planning import listed
-from natcore.planning.axis import up
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
 from natcore.planning.partials import SUM_DRPB, sum_drpb
+from natcore.planning.passes import KEYS, options_of, scalars_bytes
 from natcore.planning.plan import (
     Candidate,
     Constant,
@@ -35,10 +35,8 @@ from natcore.planning.tiled_backward_geometry import PASSES, Geometry, Pass
 from natcore.problem import OPERANDS, Call
 
 _CHOICES = ("ordering", "columns", "region0", "region1", "stages", "blocks_per_sm")
-KEYS = "keys_"  # before the name of an option: of the pass of keys
 OPTIONS = (*_CHOICES, *(KEYS + name for name in _CHOICES))
 _QUERIES = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq")
-_ALIGNMENT = 256  # of what lies in the workspace
 WORKSPACE = 16 << 20  # bytes of partial sums of drpb, at most
 
 
@@ -96,7 +94,7 @@ def _sum_drpb(call: Call, g: Geometry, partials: int, slices: int, arch: str) ->
 
 
 def _chosen(call: Call, facts: DeviceFacts, options: Mapping[str, int], of: Pass) -> Geometry:
-    its = {n.removeprefix(KEYS): v for n, v in options.items() if n.startswith(KEYS) == (of == "keys")}
+    its = options_of(options, of)
     g = choose_geometry(call.problem, facts, its, of)
     if g is None:
         raise ValueError(f"config: no geometry of {of} with the options {its} fits {call.problem}.")
@@ -108,7 +106,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     p = call.problem
     queries, keys = (_chosen(call, facts, options, of) for of in PASSES)
     given = dict(zip(call.operands, call.strides, strict=True))
-    scalars, slices = up(prod((p.batch, *p.spatial, p.heads)) * 8, _ALIGNMENT), queries.slices(facts)
+    scalars, slices = scalars_bytes(p), queries.slices(facts)
     with_bias = given["drpb"] is not None
     partials: Param = Workspace(scalars) if with_bias else Constant(bytes(8))
     more = _scalars(queries) + struct.pack("=i4x", p.heads // p.heads_kv)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from functools import partial
 from math import ceil, prod
 
 from natcore.planning import listed
@@ -117,7 +118,7 @@ def _refusal_of_forward(g: Geometry) -> str | None:
 def _refusal_of_backward(g: Geometry) -> str | None:
     p = g.problem
     if p.heads != p.heads_kv:
-        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the general kernels."
+        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the tiled one."
     if g.accumulators > MAX_ACCUMULATORS:
         return (
             f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: dK and dV of {prod(g.tiles)} tiles of 8 tokens are "
@@ -137,10 +138,6 @@ def clocks(call: Call, facts: DeviceFacts) -> float:
     return launch + each * work * ceil(p.batch * p.heads * g.groups / facts.multiprocessors)
 
 
-def _listed() -> tuple[Call, ...]:
-    return listed.small_windows("forward") + listed.small_windows("backward")
-
-
 CANDIDATE = Candidate(
     "whole",
     (
@@ -153,6 +150,6 @@ CANDIDATE = Candidate(
     OPTIONS,
     refusal,
     plan,
-    _listed,
+    partial(listed.small_windows, "forward", "backward"),
     clocks=clocks,
 )
