@@ -21,7 +21,7 @@ from natcore.views import Device, View, contiguous_strides
 from tests.cases import CASES, Case, check, inputs, random_case
 
 FACTS = facts_for_arch("sm_90a")
-DTYPES = ("float16", "bfloat16")
+DTYPES = ("float16", "bfloat16", "float32")
 CPU = Device("cpu", 0)
 
 
@@ -118,9 +118,9 @@ def test_planner_prefers_it() -> None:
             assert plan_for(call, FACTS) == preferred.plan(call, FACTS, {})
     large = call_for(Case("nat", (56, 56), 7, batch=128, heads=2, head_dim=32, head_dim_v=32), "float16")
     assert candidates(large, FACTS)[0].name == "marching"
-    assert plan_for(call_for(ABLE[0], "float32"), FACTS).launches[0].kernel.name == "general_forward"
-    with pytest.raises(NotImplementedError, match="float16 and bfloat16"):
-        plan_for(call_for(ABLE[0], "float32"), FACTS, Config("tiled"))
+    assert plan_for(call_for(ABLE[0], "float32"), FACTS).launches[0].kernel.name == "tiled_forward"
+    with pytest.raises(NotImplementedError, match="float32, float16 and bfloat16"):
+        plan_for(call_for(ABLE[0], "float64"), FACTS, Config("tiled"))
 
 
 # ---- on a GPU ----

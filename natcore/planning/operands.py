@@ -27,13 +27,13 @@ def strides_of(call: Call, name: str) -> tuple[int, tuple[int, ...], int] | None
     return strides[0], strides[1:-2], strides[-2]
 
 
-def refusal_of_elements(call: Call, facts: DeviceFacts, kernel: str) -> str | None:
-    """Why a tensor core kernel cannot take a call's elements and rows, or None."""
+def refusal_of_elements(call: Call, facts: DeviceFacts, kernel: str, float32: bool = False) -> str | None:
+    """Why a tensor core kernel, of 16-bit elements or of ``float32`` too, cannot take a call's rows, or None."""
     p = call.problem
     if capability(facts.arch) < 80:
         return f"{facts.arch} is too old; the {kernel} kernel runs on sm_80 and later."
-    if ITEM_SIZES[p.dtype] != 2:
-        return f"dtype {p.dtype}: the {kernel} kernel takes float16 and bfloat16."
+    if ITEM_SIZES[p.dtype] != 2 and not (float32 and p.dtype == "float32"):
+        return f"dtype {p.dtype}: the {kernel} kernel takes {'float32, ' if float32 else ''}float16 and bfloat16."
     if p.head_dim % 8 or p.head_dim_v % 8 or max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
         return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: multiples of 8 up to {MAX_HEAD_DIM} are supported."
     return None
@@ -43,12 +43,13 @@ def refusal_of_strides(call: Call, limit: int, beyond: str, first: int = 0) -> s
     """Why a tensor core kernel cannot take a call's strides, or None: rows of 16-byte chunks, and all strides from
     axis ``first`` on below ``limit``."""
     p = call.problem
+    chunk = 16 // ITEM_SIZES[p.dtype]
     for name, strides in zip(call.operands, call.strides, strict=True):
         if strides is None:
             continue
-        odd = [s for s, n in zip(strides[:-1], p.shapes[name][:-1], strict=True) if n > 1 and s % 8]
+        odd = [s for s, n in zip(strides[:-1], p.shapes[name][:-1], strict=True) if n > 1 and s % chunk]
         if name in _ROWS and (strides[-1] != 1 or odd):
-            return f"{name} has strides {strides}: all but the last must be multiples of 8, and that 1."
+            return f"{name} has strides {strides}: all but the last must be multiples of {chunk}, and that 1."
         if max(abs(s) * max(p.window.dilation) for s in strides[first:]) >= limit:
             return f"{name} has strides {strides}, beyond {beyond}."
     return None

@@ -1,4 +1,4 @@
-"""Plans for the tensor core kernel of small windows (cuda_src/kernels/tiled_forward.cu), 16-bit elements.
+"""Plans for the tensor core kernel of small windows (cuda_src/kernels/tiled_forward.cu).
 
 A `Geometry` says how the map is cut: 16 queries make a tile, some tiles a region (one block), and the
 union of their windows is gathered in shared memory. All of it is compiled in, with the window and the
@@ -117,7 +117,7 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     p = call.problem
     if call.direction != "forward":
         return "there is no tiled backward."
-    reason = refusal_of_elements(call, facts, "tiled")
+    reason = refusal_of_elements(call, facts, "tiled", float32=True)
     if reason is not None:
         return reason
     if p.extra:

@@ -13,6 +13,7 @@ from math import ceil, inf, prod
 
 from natcore.planning.axis import Axis, altered
 from natcore.problem import Problem
+from natcore.views import ITEM_SIZES
 
 TILE_QUERIES = 16
 WHOLE_BLOCKS, CHUNK_BLOCKS = 16, 12  # the most n8 blocks of scores held at once: of a tile in one go, of a part
@@ -67,8 +68,8 @@ def _chunk(blocks: int) -> int:
     return ceil(blocks / ceil(blocks / CHUNK_BLOCKS) / 4) * 4
 
 
-def _pitch(head_dim: int) -> int:
-    chunks = head_dim // 8
+def _pitch(row_bytes: int) -> int:
+    chunks = row_bytes // 16
     return 16 * (chunks if chunks & (chunks - 1) == 0 else chunks | 1)
 
 
@@ -180,7 +181,8 @@ class Geometry:
     @cached_property
     def pitches(self) -> tuple[int, int]:
         """Bytes of a slot of keys and of values, as struct Rows of common/tiles.cuh has them."""
-        return _pitch(self.problem.head_dim), _pitch(self.problem.head_dim_v)
+        p = self.problem
+        return _pitch(p.head_dim * ITEM_SIZES[p.dtype]), _pitch(p.head_dim_v * ITEM_SIZES[p.dtype])
 
     @cached_property
     def differences(self) -> tuple[int, ...]:
@@ -237,6 +239,8 @@ class Geometry:
         }
         defines |= {"SLOT_ROW": self.slot_row, "SLOT_PLANE": self.slot_plane}
         defines |= {"TABLE_ROW": self.table[0], "TABLE_COPY": self.table[1]}
+        if p.dtype == "float32":
+            defines["FLOAT32"] = 1
         if p.rpb_dtype is not None:
             defines["RPB"] = p.rpb_dtype
         return tuple(sorted((name, str(value)) for name, value in defines.items()))

@@ -1,11 +1,12 @@
-// Rows of 16-bit elements in shared memory that ldmatrix reads without bank conflicts.
+// Rows of elements in shared memory that ldmatrix reads without bank conflicts.
 #pragma once
 
 // Rows of D elements in shared memory, eight of which, at numbers that differ modulo 8, hold a chunk
 // each in different banks. Rows of 2, 4, 8, ... chunks permute them; others have an odd number of chunks.
-template <int D>
+// BYTES of an element.
+template <int D, int BYTES = 2>
 struct Rows {
-  static constexpr int CHUNKS = D / 8;
+  static constexpr int CHUNKS = D * BYTES / 16;
   static constexpr bool PERMUTED = CHUNKS > 1 && (CHUNKS & (CHUNKS - 1)) == 0;
   static constexpr int PITCH = (PERMUTED ? CHUNKS : CHUNKS | 1) * 16;  // bytes
   // Bytes from the row's start to its c-th chunk.

@@ -7,43 +7,44 @@
 // The span of keys or values of D elements from `base`, the span's first, each into its slot.
 template <int D>
 __device__ __forceinline__ void load_span(unsigned shared, const Element* base, const Layout& s, const Region& region) {
-  constexpr int CHUNKS = D / 8, ITEMS = SPAN_2 * CHUNKS, PITCH = Rows<D>::PITCH;
-  constexpr bool REGULAR = 32 % CHUNKS == 0 && 32 / CHUNKS % 8 == 0;  // each lane keeps its place modulo 8
+  constexpr int CHUNKS = D / CHUNK_ELEMENTS, ITEMS = SPAN_2 * CHUNKS, PITCH = Row<D>::PITCH;
+  constexpr bool REGULAR = 32 % CHUNKS == 0, SAME_PLACE = REGULAR && 32 / CHUNKS % 8 == 0;  // in a turn; in its slot
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int length = region.length[2] - region.key[2];
-  base += static_cast<long long>(lane / CHUNKS) * s.step[2] + lane % CHUNKS * 8;
+  base += static_cast<long long>(lane / CHUNKS) * s.step[2] + lane % CHUNKS * CHUNK_ELEMENTS;
 #pragma unroll 1
   for (int row = warp; row < SPAN_0 * SPAN_1; row += THREADS / 32) {
     const int x0 = SPAN_0 == 1 ? 0 : row / SPAN_1, x1 = row - x0 * SPAN_1;
     const bool inside = region.key[0] + x0 < region.length[0] && region.key[1] + x1 < region.length[1];
     const int slot = x0 * SLOT_PLANE + x1 * SLOT_ROW + lane / CHUNKS, rest = inside ? length - lane / CHUNKS : 0;
     const Element* source = base + s.offset(x0, x1, 0);
-    const unsigned target = shared + slot * PITCH + Rows<D>::chunk(slot, lane % CHUNKS);
+    const unsigned target = shared + slot * PITCH + (SAME_PLACE ? Row<D>::chunk(slot, lane % CHUNKS) : 0);
 #pragma unroll
     for (int first = 0; first < ITEMS; first += 32) {
       if (first + 32 > ITEMS && first + lane >= ITEMS) break;
       if (REGULAR) {
         const int x2 = first / CHUNKS;
-        cp_async_16(target + x2 * PITCH, source + static_cast<long long>(x2) * s.step[2], x2 < rest);
+        const int place = SAME_PLACE ? 0 : Row<D>::chunk(slot + x2, lane % CHUNKS);
+        cp_async_16(target + x2 * PITCH + place, source + static_cast<long long>(x2) * s.step[2], x2 < rest);
       } else {
         const int x2 = (first + lane) / CHUNKS - lane / CHUNKS, c = (first + lane) % CHUNKS;
-        cp_async_16(shared + (slot + x2) * PITCH + Rows<D>::chunk(slot + x2, c),
-                    source + (static_cast<long long>(x2) * s.step[2] + (c - lane % CHUNKS) * 8), x2 < rest);
+        cp_async_16(target + x2 * PITCH + Row<D>::chunk(slot + x2, c),
+                    source + (static_cast<long long>(x2) * s.step[2] + (c - lane % CHUNKS) * CHUNK_ELEMENTS), x2 < rest);
       }
     }
   }
 }
 
-// How a warp's lanes share the rows of a tile of Q or O: in turn `i`, one chunk each.
+// How a warp's lanes share the rows of a tile: in turn `i`, one chunk each.
 template <int D>
 struct Share {
-  static constexpr int CHUNKS = D / 8, TURNS = (16 * CHUNKS + 31) / 32;
+  static constexpr int CHUNKS = D / CHUNK_ELEMENTS, TURNS = (16 * CHUNKS + 31) / 32;
   static constexpr bool REGULAR = 32 % CHUNKS == 0;  // turn i is turn 0, some whole rows on
   int first[REGULAR ? 1 : TURNS];                    // elements from the tile's first
 
   __device__ __forceinline__ Share(const Layout& s, int lane) {
 #pragma unroll
-    for (int i = 0; i < (REGULAR ? 1 : TURNS); ++i) first[i] = rows(s, row(i, lane)) + chunk(i, lane) * 8;
+    for (int i = 0; i < (REGULAR ? 1 : TURNS); ++i) first[i] = rows(s, row(i, lane)) + chunk(i, lane) * CHUNK_ELEMENTS;
   }
   __device__ __forceinline__ int offset(const Layout& s, int i) const {
     return REGULAR ? first[0] + rows(s, i * 32 / CHUNKS) : first[REGULAR ? 0 : i];
@@ -57,7 +58,7 @@ struct Share {
     return 32 * i + 32 <= 16 * CHUNKS || row(i, lane) < 16;
   }
   static __device__ __forceinline__ int place(int i, int lane) {  // bytes in the tile's stage
-    return row(i, lane) * Rows<D>::PITCH + Rows<D>::chunk(row(i, lane), chunk(i, lane));
+    return row(i, lane) * Row<D>::PITCH + Row<D>::chunk(row(i, lane), chunk(i, lane));
   }
 };
 

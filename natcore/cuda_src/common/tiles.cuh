@@ -14,7 +14,7 @@
 // The last tile of an axis is moved back inside the map and stores only the queries that no other tile
 // owns; a halo that would leave the map at its end is moved back too. Slots beyond the map hold zeros.
 //
-// Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, RANK, THREADS, BLOCKS_PER_SM, STAGES
+// Defines: ELEMENT, FLOAT32 (that this is float32), RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, RANK, THREADS, BLOCKS_PER_SM, STAGES
 // (spans in shared memory), LOOPED (a block takes several batch entries), CHUNK (n8 blocks of scores held
 // at once), KEPT (a warp has one tile, whose accumulators stay in registers from one batch entry to the
 // next) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a, REGION_a, HALO_a, SPAN_a, and
@@ -27,6 +27,9 @@
 #include "common/window.cuh"
 
 using Element = ELEMENT;
+constexpr int CHUNK_ELEMENTS = 16 / sizeof(Element);  // of 16 bytes
+template <int D>
+using Row = Rows<D, sizeof(Element)>;
 #ifdef RPB
 using BiasElement = RPB;
 #else
@@ -51,10 +54,12 @@ NATCORE_PER_AXIS(differences_of, DIFFERENCES)
 constexpr int TILES = REGION_0 * REGION_1 * REGION_2;
 constexpr int KEYS = HALO_0 * HALO_1 * HALO_2;
 constexpr int BLOCKS = (KEYS + 7) / 8;
-constexpr int D_CHUNKS = HEAD_DIM / 8, D_STEPS = (HEAD_DIM + 15) / 16, V_TILES = HEAD_DIM_V / 8;
+constexpr int D_CHUNKS = HEAD_DIM / CHUNK_ELEMENTS, V_TILES = HEAD_DIM_V / 8;
+constexpr int D_STEPS = (D_CHUNKS + 1) / 2;                                      // of a product: two chunks
+constexpr int O_TILES = sizeof(Element) == 2 ? V_TILES : (V_TILES + 1) / 2 * 2;  // of O: of float32, pairs
 constexpr int SLOTS = (SPAN_0 - 1) * SLOT_PLANE + (SPAN_1 - 1) * SLOT_ROW + SPAN_2;
 
-constexpr int K_PITCH = Rows<HEAD_DIM>::PITCH, V_PITCH = Rows<HEAD_DIM_V>::PITCH;
+constexpr int K_PITCH = Row<HEAD_DIM>::PITCH, V_PITCH = Row<HEAD_DIM_V>::PITCH;
 constexpr int SPAN = SLOTS * (K_PITCH + V_PITCH);                        // bytes of K and V of a region
 constexpr int STAGE = 16 * (K_PITCH > V_PITCH ? K_PITCH : V_PITCH);      // bytes of a tile of Q, later of O
 constexpr int TABLE_PLANE = DIFFERENCES_1 * TABLE_ROW;
@@ -64,7 +69,7 @@ static_assert(!KEPT || (TILES == THREADS / 32 && CHUNK >= BLOCKS), "a warp keeps
 static_assert(TILES <= THREADS, "each thread finds one tile");
 static_assert(TILE_0 * TILE_1 * TILE_2 == 16, "a tile is the 16 rows of an mma");
 static_assert((TILE_1 & (TILE_1 - 1)) == 0 && (TILE_2 & (TILE_2 - 1)) == 0, "tile extents are powers of two");
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks");
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks and n8 tiles");
 static_assert(CHUNK >= BLOCKS || CHUNK % 4 == 0, "chunks are whole mask words");
 static_assert(HALO_2 <= 32 || (HALO_0 == 1 && HALO_1 == 1), "a long row is the only one");
 static_assert(HALO_0 <= 32 && HALO_1 <= 32, "a mask word for each outer axis");

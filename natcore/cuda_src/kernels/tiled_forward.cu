@@ -22,36 +22,17 @@
 // Shared memory, bytes: STAGES spans of K and V, SLOTS * (K_PITCH + V_PITCH) each; the difference tables,
 // 4 * TABLES; a Tile for each tile; for each warp two tiles of Q: the one at hand, whose place later carries
 // O to 16-byte stores, and the next one. (NAT-Tiny, 56x56: 95360 + 6816 + 1232 + 6 * 2048, two blocks an SM.)
-#include "common/tile_copies.cuh"
 #include "common/tile_mask.cuh"
-#include "ptx/ldmatrix.cuh"
-#include "ptx/math.cuh"
-#include "ptx/mma.cuh"
+#ifdef FLOAT32
+#include "common/tile_products_float32.cuh"
+#else
+#include "common/tile_products.cuh"
+#endif
 
 struct Params {
   Sizes sizes;
   Layout q, k, v, rpb, out, lse;
 };
-
-// O and the softmax of a tile, before division. One more column of V, all ones, sums the weights as they
-// are rounded for P V. `top` is of rows g and g + 8, g = lane / 4.
-struct Output {
-  float o[V_TILES][4] = {}, sum[4] = {};
-  float top[2] = {-1e30f, -1e30f};  // finite: rows beyond the map see no key
-};
-
-// Queries of a warp's stage as A operands, multiplied by `factor`.
-__device__ __forceinline__ void load_queries(unsigned (&query)[D_STEPS][4], unsigned stage, float factor, int lane) {
-#pragma unroll
-  for (int c = 0; c < D_STEPS; ++c) {
-    const int row = lane % 16, chunk = smaller(2 * c + lane / 16, D_CHUNKS - 1);
-    ldmatrix_x4(query[c], stage + row * K_PITCH + Rows<HEAD_DIM>::chunk(row, chunk));
-    if (factor != 1.f) {
-#pragma unroll
-      for (unsigned& pair : query[c]) pair = pack<Element>(factor * low<Element>(pair), factor * high<Element>(pair));
-    }
-  }
-}
 
 // Where a tile's accumulators come from: the masked table, the other one and bits, or registers.
 enum class Start { DIFFERENCES, BITS, REGISTERS };
@@ -70,33 +51,10 @@ __device__ __forceinline__ void start(float (&s)[COUNT][4], const TileMask& mask
   }
 }
 
-template <int FIRST, int COUNT>
-__device__ __forceinline__ void score(float (&s)[COUNT][4], const float (&initial)[COUNT][4],
-                                      const unsigned (&query)[D_STEPS][4], unsigned keys, int slot, int lane) {
-#pragma unroll
-  for (int j = 0; j < COUNT; ++j) {
-    const unsigned row = keys + key_offset<SLOT_PLANE, SLOT_ROW>((FIRST + j) * 8, lane % 8) * K_PITCH;
-#pragma unroll
-    for (int c = 0; c < D_STEPS; c += 2) {
-      unsigned key[4];
-      ldmatrix_x4(key, row + Rows<HEAD_DIM>::chunk(slot + lane % 8, smaller(2 * c + lane / 8, D_CHUNKS - 1)));
-#pragma unroll
-      for (int i = c; i < c + 2; ++i) {
-        const unsigned(&a)[4] = query[i < D_STEPS ? i : 0];
-        const float(&from)[4] = *(i == 0 ? &initial[j] : &s[j]);
-        if (2 * i + 1 < D_CHUNKS) {
-          Mma<Element>::m16n8k16(s[j], a[0], a[1], a[2], a[3], key[2 * (i - c)], key[2 * (i - c) + 1], from);
-        } else if (2 * i < D_CHUNKS) {
-          Mma<Element>::m16n8k8(s[j], a[0], a[1], key[2 * (i - c)], from);
-        }
-      }
-    }
-  }
-}
-
 // Scores become exp2(unit (s - top)); what came before is rescaled.
 template <int COUNT>
-__device__ __forceinline__ void soften(Output& output, float (&s)[COUNT][4], float unit, bool first) {
+__device__ __forceinline__ void soften(Output& output, float (&s)[COUNT][4], float unit, bool first, int lane) {
+  float factors[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float top = output.top[h];
@@ -104,15 +62,7 @@ __device__ __forceinline__ void soften(Output& output, float (&s)[COUNT][4], flo
     for (int j = 0; j < COUNT; ++j) top = fmaxf(top, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    if (!first) {
-      const float rescale = ex2_approx((output.top[h] - top) * unit);
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        output.sum[e] *= rescale;
-#pragma unroll
-        for (int n = 0; n < V_TILES; ++n) output.o[n][e] *= rescale;
-      }
-    }
+    factors[h] = ex2_approx((output.top[h] - top) * unit);
     output.top[h] = top;
     const float shift = top * unit;
 #pragma unroll
@@ -121,46 +71,12 @@ __device__ __forceinline__ void soften(Output& output, float (&s)[COUNT][4], flo
       for (int e = 2 * h; e < 2 * h + 2; ++e) s[j][e] = ex2_approx(__fmaf_rn(s[j][e], unit, -shift));
     }
   }
-}
-
-// O += P V for the keys of COUNT blocks from block FIRST on.
-template <int FIRST, int COUNT>
-__device__ __forceinline__ void weigh(Output& output, const float (&p)[COUNT][4], unsigned values, int slot, int lane) {
-  const unsigned ones = pack<Element>(1.f, 1.f);
-  float(&o)[V_TILES][4] = output.o;
-#pragma unroll
-  for (int j = 0; j < COUNT; j += 2) {
-    const unsigned a0 = pack<Element>(p[j][0], p[j][1]), a1 = pack<Element>(p[j][2], p[j][3]);
-    const int at = key_offset<SLOT_PLANE, SLOT_ROW>((FIRST + j) * 8, j + 1 < COUNT ? lane % 16 : lane % 8);
-    const unsigned row = values + at * V_PITCH;
-    if (j + 1 < COUNT) {
-      const int i = j + 1 < COUNT ? j + 1 : j;
-      const unsigned a2 = pack<Element>(p[i][0], p[i][1]), a3 = pack<Element>(p[i][2], p[i][3]);
-#pragma unroll
-      for (int n = 0; n < V_TILES; n += 2) {
-        unsigned r[4];
-        ldmatrix_x4_transposed(r, row + Rows<HEAD_DIM_V>::chunk(slot + lane % 8, smaller(n + lane / 16, V_TILES - 1)));
-        Mma<Element>::m16n8k16(o[n], a0, a1, a2, a3, r[0], r[1], o[n]);
-        if (n + 1 < V_TILES) Mma<Element>::m16n8k16(o[n + 1], a0, a1, a2, a3, r[2], r[3], o[n + 1]);
-      }
-      Mma<Element>::m16n8k16(output.sum, a0, a1, a2, a3, ones, ones, output.sum);
-    } else {
-#pragma unroll
-      for (int n = 0; n < V_TILES; n += 4) {
-        unsigned r[4];
-        ldmatrix_x4_transposed(r, row + Rows<HEAD_DIM_V>::chunk(slot + lane % 8, smaller(n + lane / 8, V_TILES - 1)));
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (n + i < V_TILES) Mma<Element>::m16n8k8(o[n + i], a0, a1, r[i], o[n + i]);
-      }
-      Mma<Element>::m16n8k8(output.sum, a0, a1, ones, output.sum);
-    }
-  }
+  if (!first) rescale(output, factors, lane);
 }
 
 // All chunks of a tile from FIRST on.
 template <Start START, int FIRST, int KEPT_BLOCKS>
-__device__ __forceinline__ void attend(Output& output, const unsigned (&query)[D_STEPS][4], unsigned keys,
+__device__ __forceinline__ void attend(Output& output, const Queries& query, unsigned keys,
                                        unsigned values, int slot, const TileMask& mask, const float* bias,
                                        const float (&kept)[KEPT_BLOCKS][4], float unit, int lane) {
   if constexpr (FIRST < BLOCKS) {
@@ -172,22 +88,9 @@ __device__ __forceinline__ void attend(Output& output, const unsigned (&query)[D
       start<START, FIRST>(s, mask, bias, lane);
       score<FIRST>(s, s, query, keys, slot, lane);
     }
-    soften(output, s, unit, FIRST == 0);
+    soften(output, s, unit, FIRST == 0, lane);
     weigh<FIRST>(output, s, values, slot, lane);
     attend<START, FIRST + COUNT>(output, query, keys, values, slot, mask, bias, kept, unit, lane);
-  }
-}
-
-// O / sum into the warp's stage.
-__device__ __forceinline__ void stage_output(unsigned char* stage, const Output& output, int lane) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float inverse = rcp_approx(output.sum[2 * h]);
-    unsigned char* row = stage + (lane / 4 + 8 * h) * V_PITCH + lane % 4 * 4;
-#pragma unroll
-    for (int n = 0; n < V_TILES; ++n)
-      *reinterpret_cast<unsigned*>(row + Rows<HEAD_DIM_V>::chunk(lane / 4, n)) =
-          pack<Element>(output.o[n][2 * h] * inverse, output.o[n][2 * h + 1] * inverse);
   }
 }
 
@@ -221,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     cp_async_commit();
   };
   const Share<HEAD_DIM> share_q(params.q, lane);
-  const Share<HEAD_DIM_V> share_out(params.out, lane);
+  const OutputShare share_out(params.out, lane);
   const int lse_row = lane / 4 + lane % 2 * 8;  // of the row whose lse this lane writes, if lane % 4 < 2
   const int lse_offset = static_cast<int>(
       params.lse.offset(row_axis(0, lse_row), row_axis(1, lse_row), row_axis(2, lse_row)));
@@ -266,8 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       parity ^= 1;
       if (index != warp) cp_async_wait<0>();
       __syncwarp();
-      unsigned query[D_STEPS][4];
-      load_queries(query, shared_address(stage), parts.query, lane);
+      const Queries query(shared_address(stage), parts.query, lane);
       load_next(round, index + THREADS / 32, shared_address(stages + parity * STAGE));
       if (!tile.exists) continue;
       const int slot = tile.slot;
@@ -284,12 +186,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         const TileMask mask(tile, lane);
         attend<Start::BITS, 0>(output, query, its_keys, its_values, slot, mask, bias, kept, parts.unit, lane);
       }
-      __syncwarp();  // the queries have been read
-      stage_output(stage, output, lane);
-      __syncwarp();
+      complete(output);
       const int x0 = tile.query[0], x1 = tile.query[1], x2 = tile.query[2];
-      store_tile(out + (entry(round) * params.out.batch + params.out.offset(x0, x1, x2)), stage, params.out,
-                 share_out, tile, lane);
+      store_output(out + (entry(round) * params.out.batch + params.out.offset(x0, x1, x2)), stage, params.out,
+                   share_out, tile, output, lane);
       if (lse != nullptr && lane % 4 < 2 && (tile.whole || tile.stores(lse_row))) {
         const float top = lane % 2 == 0 ? output.top[0] : output.top[1];
         const float sum = lane % 2 == 0 ? output.sum[0] : output.sum[2];

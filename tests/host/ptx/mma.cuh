@@ -59,3 +59,26 @@ struct Mma {
         all[lane]->c[i] = static_cast<float>(c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
   }
 };
+
+inline void mma_tf32_m16n8k8(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const float (&c)[4]) {
+  struct Operands {
+    unsigned a[4], b[2];
+    float c[4];
+  } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}, {c[0], c[1], c[2], c[3]}};
+  host::together("mma.tf32.m16n8k8", mine, [](Operands** all) {
+    double of_a[16][8], of_b[8][8];
+    const auto read = [](unsigned word) { return static_cast<double>(__uint_as_float(word & 0xffffe000u)); };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) of_a[g + i % 2 * 8][t + i / 2 * 4] = read(all[lane]->a[i]);
+      for (int i = 0; i < 2; ++i) of_b[t + i * 4][g] = read(all[lane]->b[i]);
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        double sum = all[lane]->c[i];
+        for (int k = 0; k < 8; ++k) sum += of_a[lane / 4 + i / 2 * 8][k] * of_b[k][lane % 4 * 2 + i % 2];
+        all[lane]->c[i] = static_cast<float>(sum);
+      }
+  });
+  for (int i = 0; i < 4; ++i) d[i] = mine.c[i];
+}

@@ -1,0 +1,118 @@
+"""The tiled forward's own sources, run on the host lane by lane (see tests/host), against the reference."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from natcore.compiling import SOURCES
+from natcore.planning import Config, DeviceFacts, plan_for
+from natcore.problem import OPERANDS, call_of, problem_of
+from tests import host
+from tests.cases import Case, check, inputs, numpy_dtype
+from tests.test_fast_forward import ABLE, CONFIGS
+from tests.test_general_kernels import poisoned, view
+from tests.test_host_marching import FACTS, OLDER, aligned
+
+pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
+DTYPES = ("float16", "float32")
+MAP = Case("map", (13, 17), 7, heads=2, heads_kv=2, batch=3, rpb="float32", head_dim=32, head_dim_v=32)
+#: Head dimensions whose rows are chunks of every kind, and n8 tiles in groups of every kind.
+ROWS = [Case(f"rows_{d}_{v}", (9, 10), 5, head_dim=d, head_dim_v=v) for d, v in ((24, 56), (40, 16), (64, 8), (16, 96))]
+OWN = [MAP, *ROWS, Case("large", (18, 19), 13, heads=2, heads_kv=1, rpb="same", head_dim=16, head_dim_v=24)]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("host_tiled_forward")
+
+
+def judge(
+    case: Case, dtype: str, folder: Path, config: Config | None = None, facts: DeviceFacts = FACTS, **how
+) -> dict[str, np.ndarray]:
+    """Runs a case, checks it and returns out and lse; ``how`` is for `run_blocks`."""
+    arrays = {n: x if case.packed and n in "qkv" else aligned(x) for n, x in inputs(case, dtype).items()}
+    views = {n: view(arrays[n]) for n in ("q", "k", "v", "rpb") if n in arrays}
+    problem = problem_of(case.window, views)
+    kinds = {n: (problem.shapes[n], numpy_dtype(problem.dtype_of(n))) for n in ("out", "lse")}
+    results = {n: aligned(poisoned(*kind, False)) for n, kind in kinds.items()}
+    views |= {n: view(x) for n, x in results.items()}
+    plan = plan_for(call_of("forward", problem, views), facts, config or Config("tiled"))
+    pointers = [views[n].ptr if n in views else 0 for n in OPERANDS["forward"]]
+    scale = problem.default_scale if case.scale is None else case.scale
+    host.run_blocks(plan, pointers, scale, 0, folder, **how)
+    check(case, dtype, arrays, results)
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*OWN, *(c for c in ABLE if c.batch)], ids=lambda case: case.name)
+def test_cases(case: Case, dtype: str, folder: Path) -> None:
+    judge(case, dtype, folder)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_geometries(name: str, dtype: str, folder: Path) -> None:
+    judge(MAP, dtype, folder, CONFIGS[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [host.Order.EAGER, 2])
+def test_any_order(order: int, dtype: str, folder: Path) -> None:
+    """Whichever thread is first and whenever copies land, the results are the same to the bit."""
+    first, again = (judge(MAP, dtype, folder, CONFIGS["rounds"], order=o) for o in (host.Order.LATE, order))
+    for name, result in first.items():
+        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_older_architecture(dtype: str, folder: Path) -> None:
+    judge(MAP, dtype, folder, facts=OLDER)
+
+
+# ---- that defects are noticed ----
+
+# Of which dtype, in which file what becomes what, and how it shows.
+DEFECTS = {
+    "one product of three": (
+        "common/split.cuh",
+        "a.high, b.low[0], b.low[1], d);",
+        "a.high, 0u, 0u, d);",
+        "out: error",
+    ),
+    "one sum of four lanes": (
+        "common/tile_products_float32.cuh",
+        "sum += __shfl_xor_sync(~0u, sum, 1);",
+        ";",
+        "error",
+    ),
+    "two keys changed for each other": (
+        "common/tile_products_float32.cuh",
+        "row[1] = row[0] + V_PITCH;",
+        "row[1] = row[0];",
+        "out: error",
+    ),
+    "nobody waits for copies": (
+        "kernels/tiled_forward.cu",
+        "      cp_async_wait<0>();\n    }",
+        "    }",
+        "error|finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
+    file, text, replacement, error = DEFECTS[defect]
+    sources = tmp_path / "cuda_src"
+    shutil.copytree(SOURCES, sources)
+    source = (sources / file).read_text()
+    assert source.count(text) == 1
+    (sources / file).write_text(source.replace(text, replacement))
+    with pytest.raises((host.BlockError, AssertionError), match=error):
+        judge(replace(MAP, batch=1), "float32", folder, sources=sources)
