@@ -1,53 +1,85 @@
 """The weights of many linear layers in autocast's dtype, by one conversion.
 
 Under autocast every linear layer casts its weight and its bias, and the backward pass casts their gradients back:
-in a compiled graph a kernel each, which take longer to launch than to run.
+in a compiled graph a kernel each, which take longer to launch than to run. Here they lie in one tensor, of which
+every layer gets its part; so do the gradients on their way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from torch_nat.ops import LIBRARY
 from torch_nat.recomputation import is_exporting
+from torch_nat.token_sums import TABLES, tables_of
 
-#: All tensors in another dtype; they have one and the same.
-LIBRARY.define(
-    "cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+#: The elements of all tensors, which have one dtype, one after the other in another.
+LIBRARY.define("cast_flat(Tensor[] tensors, ScalarType dtype) -> Tensor", tags=_TAGS)
+
+#: All tensors in another dtype, as parts of one. In a graph of operations it is `cast_flat` and views.
+LIBRARY.define("cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]", tags=_TAGS)
+
+
+def _cast_flat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    flat = _cast_flat_fake(tensors, dtype)
+    parts = torch._utils._unflatten_dense_tensors(flat, tensors)  # type: ignore[attr-defined]  # all by one call
+    torch._foreach_copy_(parts, tensors)
+    return flat
+
+
+def _cast_flat_fake(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
+
+
+def parts(flat: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
+    """Views of tensors that lie one after the other."""
+    start = 0
+    for shape in shapes:
+        yield flat[start : start + prod(shape)].view(shape)
+        start += prod(shape)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [*parts(torch.ops.natcore.cast_flat(tensors, dtype), [tensor.shape for tensor in tensors])]
 
 
 def _cast_fake(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    return [tensor.new_empty(tensor.shape, dtype=dtype) for tensor in tensors]
 
 
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    results = _cast_fake(tensors, dtype)
-    torch._foreach_copy_(results, tensors)
-    return results
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        return tuple(_cast(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True)]
+        given = [g for g in wanted if g is not None]
+        cast = iter(_cast(given, ctx.dtype) if given else ())
+        return None, *(None if g is None else next(cast) for g in wanted)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Sequence[Tensor], torch.dtype], output: list[Tensor]) -> None:
-    ctx.dtype = inputs[0][0].dtype
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
-    wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[0], strict=True)]
-    cast = iter(torch.ops.natcore.cast([g for g in wanted if g is not None], ctx.dtype))
-    return [None if g is None else next(cast) for g in wanted], None
+def _cast_autograd(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [*_Cast.apply(dtype, *tensors)]  # type: ignore[misc]
 
 
 for _key in ("CPU", "CUDA"):
+    LIBRARY.impl("cast_flat", _cast_flat, _key)
     LIBRARY.impl("cast", _cast, _key)
+LIBRARY.impl("cast", _cast_autograd, "Autograd")
+torch.library.register_fake("natcore::cast_flat", _cast_flat_fake, lib=LIBRARY)
 torch.library.register_fake("natcore::cast", _cast_fake, lib=LIBRARY)
-torch.library.register_autograd("natcore::cast", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -57,21 +89,47 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def with_cast_weights(module: nn.Module, x: Tensor) -> Any:
-    """module(x), to the bit. Where that is compiled under autocast, its float32 linear weights are cast all at once.
+    """module(x) on maps ``[batch, height, width, channels]``. Where that is compiled under autocast, its float32 linear
+    weights are cast all at once, and in training its biases and norms get tables for their gradients (`token_sums`).
 
-    Weights that are more than memory (subclasses of tensors, parametrized layers) are left to autocast.
+    The output is the same to the bit, and so are the gradients of weights. What is more than memory (subclasses of
+    tensors, parametrized layers) is left to autocast.
     """
     dtype = autocast_dtype(x)
     if dtype is None or not torch.compiler.is_dynamo_compiling() or is_exporting():
         return module(x)
-    weights = {
-        f"{name}.{key}": weight
-        for name, layer in module.named_modules()
-        if type(layer) is nn.Linear
-        for key, weight in layer.named_parameters(recurse=False)
-        if type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.device == x.device
-    }
-    if not weights:
+    names = [(layer, key) for layer in module.modules() if type(layer) is nn.Linear for key in _castable(layer, x)]
+    if not names:
         return module(x)
-    cast = torch.ops.natcore.cast(list(weights.values()), dtype)
-    return functional_call(module, dict(zip(weights, cast, strict=True)), (x,))
+    weights = torch.ops.natcore.cast([layer._parameters[key] for layer, key in names], dtype)
+    tables = tables_of(module, x) if torch.is_grad_enabled() else {}
+    with _replaced(dict(zip(names, weights, strict=True)) | tables):
+        return module(x)
+
+
+def _castable(layer: nn.Linear, x: Tensor) -> list[str]:
+    """The parameters that may lie in one tensor with others: those whose neighbours stay aligned to 16 bytes."""
+    return [
+        key
+        for key, weight in layer.named_parameters(recurse=False)
+        if type(weight) is nn.Parameter
+        and weight.dtype == torch.float32
+        and weight.device == x.device
+        and weight.numel() % 8 == 0
+    ]
+
+
+@contextmanager
+def _replaced(values: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters, while a compiler reads the forward pass."""
+    before = [(layer, key, layer._parameters.get(key)) for layer, key in values]
+    for (layer, key), value in values.items():
+        layer._parameters[key] = value  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, key, value in before:
+            if key in TABLES:
+                del layer._parameters[key]
+            else:
+                layer._parameters[key] = value  # type: ignore[assignment]

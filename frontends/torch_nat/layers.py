@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from natcore.problem import Window
 from torch_nat.functional import PerAxis, PerAxisFlag, na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked
+from torch_nat.token_sums import apply_linear
 
 _PACKED: dict[int, Callable[..., Any]] = {1: na1d_qkvpacked, 2: na2d_qkvpacked, 3: na3d_qkvpacked}
 
@@ -74,7 +75,7 @@ class _NeighborhoodAttention(nn.Module):
         if x.dim() != self.rank + 2 or x.shape[-1] != self.embed_dim:
             axes = ", ".join(f"axis{a}" for a in range(self.rank))
             raise ValueError(f"input has shape {tuple(x.shape)}; expected [batch, {axes}, {self.embed_dim}].")
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = apply_linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
         window = self.window
         out = _PACKED[self.rank](
             qkv,
@@ -86,7 +87,7 @@ class _NeighborhoodAttention(nn.Module):
             rpb=self.rpb,
             dropout_p=self.attn_drop if self.training else 0,
         )
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        return self.proj_drop(apply_linear(self.proj, out.flatten(-2)))
 
     def extra_repr(self) -> str:
         window = self.window

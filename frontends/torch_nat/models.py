@@ -18,6 +18,7 @@ from natcore.models import NATConfig, model_config
 from torch_nat.casting import autocast_dtype, with_cast_weights
 from torch_nat.layers import DropPath, NeighborhoodAttention2D, drop_path_factors
 from torch_nat.recomputation import recomputed, recomputing
+from torch_nat.token_sums import apply_linear, apply_norm
 
 
 class ConvTokenizer(nn.Module):
@@ -107,10 +108,10 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
+        x = apply_linear(self.fc1, x)
         if self.training and not self.drop.p:
-            return recomputing(self.act, self.fc2, x)
-        return self.drop(self.fc2(self.drop(self.act(x))))
+            return recomputing(self.act, partial(apply_linear, self.fc2), x)
+        return self.drop(apply_linear(self.fc2, self.drop(self.act(x))))
 
 
 class NATBlock(nn.Module):
@@ -141,8 +142,8 @@ class NATBlock(nn.Module):
     def forward(self, x: Tensor, factors: Sequence[Tensor] | Tensor | None = None) -> Tensor:
         """``factors`` of samples in each of the two branches (`layers.DropPath`); drawn if not given."""
         of_attention, of_mlp = (None, None) if factors is None else factors
-        x = x + self.drop_path(_scaled(self._attend(self.norm1(x)), self.gamma1), of_attention)
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2), of_mlp)
+        x = x + self.drop_path(_scaled(self._attend(apply_norm(self.norm1, x)), self.gamma1), of_attention)
+        return x + self.drop_path(_scaled(self.mlp(apply_norm(self.norm2, x)), self.gamma2), of_mlp)
 
     def branch_dtype(self, x: Tensor) -> torch.dtype:
         """Of what is added to x."""
