@@ -69,15 +69,15 @@ def _is_hooked(layer: nn.Module) -> bool:
 
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(x), with a table for the bias's gradient if there is one that fits the map x."""
-    table = layer._parameters.get("bias_table") if torch.compiler.is_dynamo_compiling() else None
+    """layer(x), with a table for the bias's gradient if there is one whose groups the tokens of x can form."""
+    table = _bias_table(layer)
     if table is None or not _fits(table, x) or layer.weight.dtype != layer.bias.dtype:
         return layer(x)
     return torch.ops.natcore.linear(x.to(layer.weight.dtype), layer.weight, layer.bias, table)
 
 
 def apply_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    """layer(x), with tables for the gradients of weight and bias if there are some that fit the map x, in float32."""
+    """layer(x), with tables for the gradients of weight and bias if there are such, and x is in float32."""
     names = TABLES if torch.compiler.is_dynamo_compiling() else ()
     tables = [table for table in map(layer._parameters.get, names) if table is not None]
     if len(tables) < 2 or not _fits(tables[0], x) or x.dtype != torch.float32:
@@ -85,17 +85,32 @@ def apply_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
     return torch.ops.natcore.layer_norm(x, layer.weight, layer.bias, *tables, layer.eps)
 
 
+def in_groups(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``[groups, tokens, channels]`` where layer has a table, else x. A compiler that finds what lies between two layers
+    in this shape joins its backward pass with the first step of the sum."""
+    table = _bias_table(layer)
+    return x if table is None or not _fits(table, x) else x.reshape(table.shape[0], -1, x.shape[-1])
+
+
+def _bias_table(layer: nn.Linear) -> Tensor | None:
+    return layer._parameters.get("bias_table") if torch.compiler.is_dynamo_compiling() else None
+
+
 def _fits(table: Tensor, x: Tensor) -> bool:
-    return x.dim() == 4 and x.shape[1] % (table.shape[0] // x.shape[0]) == 0
+    return x[..., 0].numel() % table.shape[0] == 0
 
 
 # Autograd. What is called forward is in a graph of operations as torch's own operations.
 
 
 def _table(gradients: Tensor, groups: int) -> Tensor:
-    """The first step, in float32: ``[batch, height, width, channels]`` to ``[groups, channels]``."""
-    rows = gradients.unflatten(1, (groups // gradients.shape[0], -1))
-    return rows.sum((2, 3), dtype=torch.float32).flatten(0, 1)
+    """The first step, in float32: ``[..., channels]`` to ``[groups, channels]``. Axes that need not be reshaped are not:
+    a compiler joins kernels over the same axes."""
+    samples, rows = gradients.shape[:2]
+    if groups % samples == 0 and rows % (groups // samples) == 0:
+        grouped = gradients.unflatten(1, (groups // samples, -1))
+        return grouped.sum(tuple(range(2, grouped.dim() - 1)), dtype=torch.float32).flatten(0, 1)
+    return gradients.reshape(groups, -1, gradients.shape[-1]).sum(1, dtype=torch.float32)
 
 
 class _Linear(torch.autograd.Function):
