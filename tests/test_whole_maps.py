@@ -45,6 +45,7 @@ OWN = [
     Case("causal_strides", (6, 7), (5, 6), stride=(2, 3), is_causal=(True, False), batch=2, rpb="float32", **PLAIN),
     Case("one_token", (1,), 1, rpb="float32"),
     Case("unequal_head_dims", (5, 6), (5, 6), head_dim=8, head_dim_v=32, rpb="float32"),
+    Case("unequal_teams", (6, 7), (6, 7), heads=4, heads_kv=4, head_dim=16, head_dim_v=24, batch=3, rpb="float32"),
     Case("longer_queries", (7, 5), (7, 5), head_dim=32, head_dim_v=24, rpb="float32"),
     Case("long_rows", (2, 8), (2, 5), head_dim=80, head_dim_v=96, rpb="float32"),
     Case("outliers", (7, 7), 7, outliers=True, batch=2, **WIDE),
@@ -104,7 +105,8 @@ def test_blocks_share_the_batch_out(case: Case) -> None:
         problem = problem_for(replace(case, batch=batch), "float16")
         g = choose_geometry(problem, direction, FACTS, {})
         assert g is not None and g.shared_bytes <= FACTS.shared_bytes_per_block
-        at_once, slices = g.warps // g.heads, g.slices(FACTS)
+        at_once, slices = g.at_once, g.slices(FACTS)
+        assert at_once * g.heads * g.split == g.warps
         assert problem.heads % g.heads == 0 and 1 <= slices <= ceil(batch / at_once)
         rounds = ceil(batch / (at_once * slices))
         assert (rounds - 1) * at_once * slices < batch
@@ -156,6 +158,25 @@ REFUSED = [
 def test_refusals(direction: Direction, case: Case, reason: str) -> None:
     with pytest.raises(NotImplementedError, match=reason):
         plan_for(call_for(direction, case), FACTS, Config("whole"))
+
+
+def test_heads_that_lie_apart_are_copied_one_by_one() -> None:
+    call = call_for("forward", BY_NAME["packed"])
+    assert dict(plan_for(call, FACTS, Config("whole")).launches[0].kernel.defines)["HEADS"] == "4"
+    strides = list(call.strides)
+    strides[1] = (7 * 7 * 4 * 40, 7 * 4 * 40, 4 * 40, 40, 1)
+    apart = replace(call, strides=tuple(strides))
+    assert dict(plan_for(apart, FACTS, Config("whole")).launches[0].kernel.defines)["HEADS"] == "1"
+    with pytest.raises(ValueError, match="heads 4"):
+        plan_for(apart, FACTS, Config("whole", (("heads", 4),)))
+
+
+def test_small_problems_are_spread_out() -> None:
+    """No multiprocessor has two teams' maps while another one has none."""
+    nat = Problem(Window.of(2, 7), 1, (7, 7), 16, 16, 32, 32, 0, "float16", "float32")
+    for batch, teams, stages in ((1, 1, 1), (33, 1, 1), (34, 2, 1), (128, 2, 2), (1024, 2, 2)):
+        g = choose_geometry(replace(nat, batch=batch), "forward", FACTS, {})
+        assert g is not None and (g.at_once, g.stages, g.heads, g.split) == (teams, stages, 4, 2), batch
 
 
 def test_far_strides_are_refused() -> None:

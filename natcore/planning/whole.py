@@ -31,6 +31,7 @@ from natcore.planning.whole_geometry import Geometry, choose_geometry, tile_for
 from natcore.problem import OPERANDS, Call
 
 MAX_HEAD_DIM = 32  # of the forward
+MAX_HEADS = 65_535
 MAX_ACCUMULATORS = 128  # of the backward, registers
 #: Clocks of a launch, and of each map of 7 x 7 tokens and head_dim 32 on a multiprocessor. Of the backward, fitted to
 #: measured times on an H200; of the forward, such that it stands to those of tiling_cost as its measured times do.
@@ -61,17 +62,32 @@ def _launch(call: Call, facts: DeviceFacts, g: Geometry, names: tuple[str, ...],
     operands = (Operand(index(name), alignment(name)) for name in names)
     return Launch(
         KernelSpec(f"whole_{call.direction}", g.defines, facts.arch),
-        (p.heads // g.heads * g.groups * slices, 1, 1),
+        (g.groups * slices, p.heads // g.heads, 1),
         (32 * g.warps, 1, 1),
         g.shared_bytes,
         (*operands, *more, Scale("float32"), params),
     )
 
 
+def _geometry(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Geometry | None:
+    """Teams of the forward copy the heads of a token as one row: where those lie apart, a team is one warp."""
+    p = call.problem
+    if call.direction == "forward":
+        strides = (
+            (strides_of(call, name), d) for name, d in zip("qkv", (p.head_dim, p.head_dim, p.head_dim_v), strict=True)
+        )
+        apart = any(of is not None and of[2] != d for of, d in strides)
+        if apart and p.heads > 1:
+            if options.get("heads", 1) != 1:
+                raise ValueError(f"config: heads {options['heads']}, but those of q, k or v lie apart in memory.")
+            options = {**options, "heads": 1}
+    return choose_geometry(p, call.direction, facts, options)
+
+
 def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     """The plan of a call that `refusal` has passed."""
     p = call.problem
-    g = choose_geometry(p, call.direction, facts, options)
+    g = _geometry(call, facts, options)
     if g is None:
         raise ValueError(f"config: the options {dict(options)} need more shared memory than {facts} has, for {p}.")
     if call.direction == "forward":
@@ -95,12 +111,14 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
         return reason
     if p.extra or p.batch == 0:
         return "additional keys and empty batches are for the general kernel."
+    if p.heads > MAX_HEADS:
+        return f"heads {p.heads}: beyond {MAX_HEADS}, what the second axis of a grid takes."
     if tile_for(p) is None:
         return f"map {p.spatial}, dilation {p.window.dilation}: more than 8 tiles of 8 tokens in a dilation group."
     reason = refusal_of_strides(call, 1 << 24, "the 32 bits of offsets inside a map", first=1)
     if reason is not None:
         return reason
-    g = choose_geometry(p, call.direction, facts, {})
+    g = _geometry(call, facts, {})
     if g is None:
         return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: a map does not fit into shared memory."
     return _refusal_of_forward(g) if call.direction == "forward" else _refusal_of_backward(g)
@@ -130,7 +148,7 @@ def _refusal_of_backward(g: Geometry) -> str | None:
 def clocks(call: Call, facts: DeviceFacts) -> float:
     """By the cost model: blocks of scores, and their products, of the maps of the busiest multiprocessor."""
     p = call.problem
-    g = choose_geometry(p, call.direction, facts, {})
+    g = _geometry(call, facts, {})
     assert g is not None  # refused
     tiles = prod(g.tiles)
     work = tiles * ceil(tiles / 2) / 28 * (0.5 + (p.head_dim + p.head_dim_v) / 128)

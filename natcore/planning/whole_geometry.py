@@ -38,6 +38,16 @@ class Geometry:
         return tiles_of(self.axes, self.tile)
 
     @property
+    def split(self) -> int:
+        """Warps that share the queries of a map: the forward's, where there are more than two pairs of tiles."""
+        return 2 if self.direction == "forward" and prod(self.tiles) > 4 and self.warps % (2 * self.heads) == 0 else 1
+
+    @property
+    def at_once(self) -> int:
+        """Batch entries of a block."""
+        return self.warps // (self.heads * self.split)
+
+    @property
     def full(self) -> bool:
         """Whether all queries see all keys, and each axis is one tile or whole ones."""
         return _divide(self.axes, self.tile) and all(
@@ -67,6 +77,7 @@ class Geometry:
             "HEAD_DIM_V": p.head_dim_v,
             "WARPS": self.warps,
             "HEADS": self.heads,
+            "SPLIT": self.split,
             "STAGES": self.stages,
             "BLOCKS_PER_SM": self.blocks_per_sm,
             "FULL": int(self.full),
@@ -94,15 +105,17 @@ class Geometry:
         tiles = prod(self.tiles)
         tile_rows = self.axes[2].kernel if self.full and self.tile[2] == 8 and self.tiles[2] == 1 else 8
         rows = tile_rows * (tiles - 1) + 8
-        if self.direction == "forward":
-            return rows * (2 * d + v + (v if v > d else 0))
+        if self.direction == "forward":  # of a team's
+            d, v = (16 * (self.heads * x // 8 | 1) for x in (self.problem.head_dim, self.problem.head_dim_v))
+            return _rounded(rows * (2 * d + v))
         return rows * (2 * d + 2 * v) + 64 * tiles
 
     @property
     def shared_bytes(self) -> int:
-        of_warp = self.stages * self.stage_bytes
-        if self.direction == "backward":
-            of_warp += 256 * prod(2 * n - 1 for n in self.tiles)
+        if self.direction == "forward":
+            slots = self.at_once * self.stages
+            return _rounded(self.scores_bytes) + _rounded(16 * slots + 8) + slots * self.stage_bytes
+        of_warp = self.stages * self.stage_bytes + 256 * prod(2 * n - 1 for n in self.tiles)
         return self.scores_bytes + self.warps * of_warp
 
     def fits(self, facts: DeviceFacts) -> bool:
@@ -113,10 +126,9 @@ class Geometry:
     def slices(self, facts: DeviceFacts) -> int:
         """Of the batch, as equal as may be: blocks of a head and group."""
         p = self.problem
-        entries = self.warps // self.heads  # of a block at once
         slices = max(facts.multiprocessors * self.blocks_per_sm // (p.heads // self.heads * self.groups), 1)
-        rounds = ceil(p.batch / (entries * slices))
-        return ceil(p.batch / (entries * rounds))
+        rounds = ceil(p.batch / (self.at_once * slices))
+        return ceil(p.batch / (self.at_once * rounds))
 
 
 @lru_cache(maxsize=4096)
@@ -134,6 +146,10 @@ def tiles_of(axes: tuple[Axis, Axis, Axis], tile: tuple[int, int, int]) -> tuple
 def _divide(axes: tuple[Axis, Axis, Axis], tile: tuple[int, int, int]) -> bool:
     """Whether each axis is one tile or whole ones."""
     return all(axis.lengths[0] <= n or axis.lengths[0] % n == 0 for axis, n in zip(axes, tile, strict=True))
+
+
+def _rounded(count: int) -> int:
+    return -(-count // 128) * 128
 
 
 def _pitch(head_dim: int) -> int:
@@ -158,9 +174,9 @@ def geometries(
     tile = tile_for(problem)
     if tile is None:
         return
-    for warps, blocks_per_sm in _LAUNCHES[direction]:
-        heads = 2 if problem.heads % 2 == 0 and options.get("warps", warps) % 2 == 0 else 1
-        values = {"warps": warps, "heads": heads, "stages": 1, "blocks_per_sm": blocks_per_sm, **options}
+    launches = _forward_launches if direction == "forward" else _backward_launches
+    for launch in launches(problem, tile, facts, options):
+        values = {**dict(zip(("warps", "heads", "stages", "blocks_per_sm"), launch, strict=True)), **options}
         if min(values.values()) < 1 or values["warps"] % values["heads"] or problem.heads % values["heads"]:
             continue
         g = Geometry(problem, direction, tile, **values)
@@ -168,11 +184,30 @@ def geometries(
             yield g
 
 
-#: Warps of a block and blocks of a multiprocessor: as many warps as their registers allow, or shared memory.
-_LAUNCHES: dict[Direction, tuple[tuple[int, int], ...]] = {
-    "forward": ((8, 2), (4, 3), (4, 2), (4, 1), (2, 1), (1, 1)),
-    "backward": ((8, 1), (4, 1), (2, 1), (1, 1)),
-}
+Tile = tuple[int, int, int]
+Launches = Iterator[tuple[int, int, int, int]]  # warps, heads and stages of a block, blocks of a multiprocessor
+
+
+def _forward_launches(problem: Problem, tile: Tile, facts: DeviceFacts, options: Mapping[str, int]) -> Launches:
+    """One block of a multiprocessor: teams of up to 4 heads, as many as its registers allow, and two stages, but no
+    more than it takes to have every multiprocessor at work."""
+    grouped = problem.heads != problem.heads_kv
+    heads = options.get("heads", 1 if grouped else next(n for n in (4, 3, 2, 1) if problem.heads % n == 0))
+    if heads < 1 or (grouped and heads > 1):  # a row of queries' heads has fewer of keys'
+        return
+    axes = axes_of(problem)
+    split = 2 if prod(tiles_of(axes, tile)) > 4 else 1
+    maps = problem.heads // heads * problem.batch * prod(axis.dilation for axis in axes)  # of teams
+    each = ceil(maps / facts.multiprocessors)
+    for teams in range(min(max(16 // (heads * split), 1), each), 0, -1):
+        for stages in (2, 1) if each > teams else (1,):
+            yield teams * heads * split, heads, stages, 1
+
+
+def _backward_launches(problem: Problem, tile: Tile, facts: DeviceFacts, options: Mapping[str, int]) -> Launches:
+    """As many warps as their registers allow, or shared memory."""
+    for warps in (8, 4, 2, 1):
+        yield warps, 2 if problem.heads % 2 == 0 and options.get("warps", warps) % 2 == 0 else 1, 1, 1
 
 
 def choose_geometry(

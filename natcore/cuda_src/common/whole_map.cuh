@@ -1,8 +1,7 @@
 // Maps of at most 64 tokens, whole: how tokens are numbered, where they lie, and who owns which map.
 //
-// The map of one (batch entry, head, dilation group) is what a warp works on: its copies, products and results are its
-// own, so warps never wait for each other. All positions are in-group (see window.cuh); missing axes lead and have
-// extent 1.
+// The map of one (batch entry, head, dilation group) is what a warp works on, or SPLIT of them: its products and
+// results are its own. All positions are in-group (see window.cuh); missing axes lead and have extent 1.
 //
 //   tile   TILE_0 x TILE_1 x TILE_2 = 8 tokens, numbered row-major: one side of an 8x8 block of scores
 //   map    TILES_0 x TILES_1 x TILES_2 tiles, numbered row-major. Token i of tile n lies in row TILE_ROWS n + i of
@@ -15,9 +14,9 @@
 //   ...                          Tokens that the map lacks (.) are zeros; where they are the same ones of every tile,
 //                                7 rows a tile are enough: the eighth is the next tile's first, which the mask hides.
 //
-// Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, WARPS, HEADS (of a block), STAGES (maps of a warp
-// in shared memory), BLOCKS_PER_SM, FULL (all queries see all keys, and each axis is one tile or whole ones) and, for
-// a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a, TILES_a.
+// Defines: ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, WARPS, HEADS (of a block), SPLIT (warps of a map),
+// STAGES (maps of a warp in shared memory), BLOCKS_PER_SM, FULL (all queries see all keys, and each axis is one tile or
+// whole ones) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a, TILES_a.
 #pragma once
 
 #include "common/anew.cuh"
@@ -34,7 +33,7 @@ using BiasElement = RPB;
 using BiasElement = float32;  // of a null pointer
 #endif
 
-constexpr int THREADS = 32 * WARPS, AT_ONCE = WARPS / HEADS;  // batch entries
+constexpr int THREADS = 32 * WARPS, AT_ONCE = WARPS / (HEADS * SPLIT);  // batch entries
 constexpr int TILES = TILES_0 * TILES_1 * TILES_2;
 constexpr int TILE_ROWS = FULL && TILE_2 == 8 && TILES_2 == 1 ? KERNEL_2 : 8, ROWS = TILE_ROWS * (TILES - 1) + 8;
 constexpr int PAIRS = (TILES + 1) / 2;  // of tiles: the m16 side of an mma
@@ -43,7 +42,7 @@ constexpr int D_CHUNKS = HEAD_DIM / 8, V_CHUNKS = HEAD_DIM_V / 8;
 constexpr int D_PITCH = Rows<HEAD_DIM>::PITCH, V_PITCH = Rows<HEAD_DIM_V>::PITCH;
 
 static_assert(TILE_0 * TILE_1 * TILE_2 == 8, "a tile is one side of a block of scores");
-static_assert(WARPS % HEADS == 0, "each head has as many warps");
+static_assert(WARPS % (HEADS * SPLIT) == 0, "each head has as many warps");
 static_assert(TILES <= 8, "a map has at most 64 tokens");
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks");
 
@@ -56,12 +55,14 @@ __device__ __forceinline__ Axis window_of(int a) {
   return {0, kernel_of(a), of_axis(a, STRIDE_0, STRIDE_1, STRIDE_2), 1, of_axis(a, CAUSAL_0, CAUSAL_1, CAUSAL_2)};
 }
 
-// Where tile n lies among tiles, and token i in its tile.
+// Where tile n lies among tiles, and token i in its tile. (No remainder where there is nothing to take off.)
 __device__ constexpr int tile_at(int a, int n) {
-  return of_axis(a, n / (TILES_1 * TILES_2), n / TILES_2 % TILES_1, n % TILES_2);
+  return of_axis(a, n / (TILES_1 * TILES_2), TILES_0 == 1 ? n / TILES_2 : n / TILES_2 % TILES_1,
+                 TILES_0 * TILES_1 == 1 ? n : n % TILES_2);
 }
 __device__ constexpr int token_at(int a, int i) {
-  return of_axis(a, i / (TILE_1 * TILE_2), i / TILE_2 % TILE_1, i % TILE_2);
+  return of_axis(a, i / (TILE_1 * TILE_2), TILE_0 == 1 ? i / TILE_2 : i / TILE_2 % TILE_1,
+                 TILE_0 * TILE_1 == 1 ? i : i % TILE_2);
 }
 // The number of a distance, and of the distance of two tiles.
 __device__ constexpr int distance_number(int d0, int d1, int d2) {
@@ -99,19 +100,18 @@ struct Layout {  // strides in elements; `step` is that of neighbours in a dilat
 };
 
 // What a warp owns: HEADS heads of a block lie side by side in memory, so that each token's are fetched at one time.
-// Blocks are numbered heads fastest, then dilation groups and slices of the batch.
+// Blocks are numbered by dilation groups, then slices of the batch; blockIdx.y is of heads.
 struct Share {
   int head, group[3], length[3], slice, number;  // number: of slice and group
 
-  __device__ __forceinline__ Share(const Sizes& sizes, int block, int warp) {
-    const int head_groups = sizes.heads / HEADS;
-    head = block % head_groups * HEADS + warp % HEADS;
-    int rest = number = block / head_groups;
+  __device__ __forceinline__ Share(const Sizes& sizes, int warp) {
+    head = blockIdx.y * HEADS + warp % HEADS;
+    int rest = number = blockIdx.x;
 #pragma unroll
     for (int a = 2; a >= 0; --a) {
       group[a] = rest % dilation_of(a);
       rest /= dilation_of(a);
-      length[a] = group_length({sizes.extent[a], 1, 1, dilation_of(a), 0}, group[a]);
+      length[a] = FULL ? kernel_of(a) : group_length({sizes.extent[a], 1, 1, dilation_of(a), 0}, group[a]);
     }
     slice = rest;
   }
@@ -191,51 +191,51 @@ __device__ __forceinline__ void clear_last(unsigned char* shared, int lane) {
     reinterpret_cast<uint4*>(shared + TILE_ROWS * (TILES - 1) * Rows<D>::PITCH)[i] = make_uint4(0, 0, 0, 0);
 }
 
-// ---- operands of products ----
+// ---- operands of products; Rows says how rows lie, as struct Rows does ----
 
 // Rows of two tiles, elements 16 c ... + 15, as an A operand.
-template <int D>
+template <typename Rows>
 __device__ __forceinline__ void load_rows(unsigned (&r)[4], unsigned map, int n0, int n1, int c, int lane) {
   const int row = TILE_ROWS * (lane / 8 % 2 == 0 ? n0 : n1) + lane % 8;
-  ldmatrix_x4(r, map + row * Rows<D>::PITCH + Rows<D>::chunk(lane % 8, smaller(2 * c + lane / 16, D / 8 - 1)));
+  ldmatrix_x4(r, map + row * Rows::PITCH + Rows::chunk(lane % 8, smaller(2 * c + lane / 16, Rows::CHUNKS - 1)));
 }
 
 // Rows of tile n, elements 16 c ... + 31, as two B operands of a product along the elements.
-template <int D>
+template <typename Rows>
 __device__ __forceinline__ void load_columns(unsigned (&r)[4], unsigned map, int n, int c, int lane) {
-  ldmatrix_x4(r, map + (TILE_ROWS * n + lane % 8) * Rows<D>::PITCH +
-                     Rows<D>::chunk(lane % 8, smaller(2 * c + lane / 8, D / 8 - 1)));
+  ldmatrix_x4(r, map + (TILE_ROWS * n + lane % 8) * Rows::PITCH +
+                     Rows::chunk(lane % 8, smaller(2 * c + lane / 8, Rows::CHUNKS - 1)));
 }
 
 // Rows of tiles n and n + 1, chunks c ... c + 3, as B operands of a product along the tokens: r[i] is of chunk c + i.
 // Of one tile, r[i][0] is.
-template <int D, bool BOTH>
+template <typename Rows, bool BOTH>
 __device__ __forceinline__ void load_tokens(unsigned (&r)[4][2], unsigned map, int n, int c, int lane) {
   const int token = lane % 8;
   if (BOTH) {
-    const unsigned row = map + (TILE_ROWS * (n + lane / 8 % 2) + token) * Rows<D>::PITCH;
+    const unsigned row = map + (TILE_ROWS * (n + lane / 8 % 2) + token) * Rows::PITCH;
 #pragma unroll
-    for (int i = 0; i < 4 && c + i < D / 8; i += 2) {
+    for (int i = 0; i < 4 && c + i < Rows::CHUNKS; i += 2) {
       unsigned four[4];
-      ldmatrix_x4_transposed(four, row + Rows<D>::chunk(token, smaller(c + i + lane / 16, D / 8 - 1)));
+      ldmatrix_x4_transposed(four, row + Rows::chunk(token, smaller(c + i + lane / 16, Rows::CHUNKS - 1)));
       r[i][0] = four[0], r[i][1] = four[1], r[i + 1][0] = four[2], r[i + 1][1] = four[3];
     }
   } else {
     unsigned four[4];
-    ldmatrix_x4_transposed(four, map + (TILE_ROWS * n + token) * Rows<D>::PITCH +
-                                     Rows<D>::chunk(token, smaller(c + lane / 8, D / 8 - 1)));
+    ldmatrix_x4_transposed(four, map + (TILE_ROWS * n + token) * Rows::PITCH +
+                                     Rows::chunk(token, smaller(c + lane / 8, Rows::CHUNKS - 1)));
 #pragma unroll
     for (int i = 0; i < 4; ++i) r[i][0] = four[i];
   }
 }
 
 // Of tile n and the next one, if there is one.
-template <int D>
+template <typename Rows>
 __device__ __forceinline__ void load_tokens(unsigned (&r)[4][2], unsigned map, int n, int c, int lane) {
   if (n + 1 < TILES) {
-    load_tokens<D, true>(r, map, n, c, lane);
+    load_tokens<Rows, true>(r, map, n, c, lane);
   } else {
-    load_tokens<D, false>(r, map, n, c, lane);
+    load_tokens<Rows, false>(r, map, n, c, lane);
   }
 }
 

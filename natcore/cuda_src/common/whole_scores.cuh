@@ -20,38 +20,46 @@ constexpr int D_0 = 2 * TILES_0 - 1, D_1 = 2 * TILES_1 - 1, D_2 = 2 * TILES_2 - 
 // What becomes -infinity times the unit.
 __device__ __forceinline__ float masked(float unit) { return copysignf(__int_as_float(0x7f800000), -unit); }
 
-// A warp's share of its head's bias: distances warp / HEADS, + AT_ONCE, ... They are fetched before maps are, whose
-// copies would delay them, all at once, since nothing else hides their latency.
+// A warp's share of its head's bias, which it makes with SHARES - 1 other warps: distances warp / HEADS, + SHARES, ...
+// They are fetched before the warp waits for maps, all at once, since nothing else hides their latency.
+template <int SHARES>
 struct BiasShare {
-  static constexpr int COUNT = (DISTANCES + AT_ONCE - 1) / AT_ONCE;
-  float its[COUNT][2];
+  static constexpr int COUNT = (DISTANCES + SHARES - 1) / SHARES;
+  BiasElement its[COUNT][2];
+  bool exists[2];  // whether the map has the tokens of the lane's pair e
 
   // `rpb` is the head's.
-  __device__ __forceinline__ BiasShare(const BiasElement* rpb, const Layout& s, float unit, const Share& share,
-                                       int warp, int lane) {
-    const float factor = 1.f / unit;
+  __device__ __forceinline__ BiasShare(const BiasElement* rpb, const Layout& s, int warp, int lane) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      const int d = warp / HEADS + i * AT_ONCE;
-      const int tiles[3] = {d / (D_1 * D_2), D_0 == 1 ? d / D_2 : d / D_2 % D_1, D_0 * D_1 == 1 ? d : d % D_2};
+    for (int e = 0; e < 2; ++e) {
+      exists[e] = true;
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        bool exists = true, inside = d < DISTANCES;
+      for (int a = 0; a < 3; ++a)
+        if (FULL && tiles_of(a) == 1)
+          exists[e] &= token_at(a, query_of(lane, e)) < kernel_of(a) && token_at(a, key_of(lane, e)) < kernel_of(a);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        const int d = warp / HEADS + i * SHARES;
+        const int tiles[3] = {d / (D_1 * D_2), D_0 == 1 ? d / D_2 : d / D_2 % D_1, D_0 * D_1 == 1 ? d : d % D_2};
+        bool inside = exists[e] && d < DISTANCES;
         int offset = 0;
 #pragma unroll
         for (int a = 0; a < 3; ++a) {
-          const int query = token_at(a, query_of(lane, e)), key = token_at(a, key_of(lane, e));
-          const int difference = (tiles[a] - tiles_of(a) + 1) * tile_of(a) + key - query;
-          if (FULL && tiles_of(a) == 1) exists &= query < kernel_of(a) && key < kernel_of(a);
-          inside &= -kernel_of(a) < difference && difference < kernel_of(a);
+          const int difference = (tiles[a] - tiles_of(a) + 1) * tile_of(a) + token_at(a, key_of(lane, e)) -
+                                 token_at(a, query_of(lane, e));
+          if (!FULL) inside &= -kernel_of(a) < difference && difference < kernel_of(a);  // else all are
           offset += (difference + kernel_of(a) - 1) * s.axis[a];
         }
-        its[i][e] = exists ? 0.f : masked(unit);
+        its[i][e] = BiasElement();
 #ifdef RPB
-        if (exists && inside) its[i][e] = widen(rpb[offset]) * factor;
+        if (inside) its[i][e] = rpb[offset];
 #endif
       }
     }
+  }
+  // `factor` is 1 / unit.
+  __device__ __forceinline__ float start(int i, int e, float factor) const {
+    return exists[e] ? widen(its[i][e]) * factor : masked(factor);
   }
 };
 
@@ -59,15 +67,17 @@ struct Scores {
   float2 bias[HEADS][DISTANCES][32];
   unsigned seen[FULL ? 1 : TILES][32];
 
-  // By all warps of a block, before a barrier.
-  __device__ __forceinline__ void fill(const BiasShare& from, const Share& share, int warp, int lane) {
+  // By all warps of the shares, before a barrier.
+  template <int SHARES>
+  __device__ __forceinline__ void fill(const BiasShare<SHARES>& from, float factor, const Share& share, int warp,
+                                       int lane) {
 #pragma unroll
-    for (int i = 0; i < BiasShare::COUNT; ++i) {
-      const int d = warp / HEADS + i * AT_ONCE;
-      if (d < DISTANCES) bias[warp % HEADS][d][lane] = make_float2(from.its[i][0], from.its[i][1]);
+    for (int i = 0; i < from.COUNT; ++i) {
+      const int d = warp / HEADS + i * SHARES;
+      if (d < DISTANCES) bias[warp % HEADS][d][lane] = make_float2(from.start(i, 0, factor), from.start(i, 1, factor));
     }
     if (FULL) return;
-    for (int n = warp; n < TILES; n += WARPS)
+    for (int n = warp; n < TILES; n += SHARES * HEADS)
       seen[n][lane] = keys_seen(share, n, lane, 0) | keys_seen(share, n, lane, 1) << 1;
   }
 

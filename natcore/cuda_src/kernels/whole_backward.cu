@@ -23,6 +23,7 @@
 #define ROWS_ARE_QUERIES false
 #include "common/whole_scores.cuh"
 #include "ptx/math.cuh"
+#include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
 
 struct Params {
@@ -44,14 +45,14 @@ __device__ __forceinline__ void score(float (&s)[PAIRS][4], unsigned rows, unsig
 #pragma unroll
   for (int c = 0; c < STEPS; c += 2) {
     unsigned column[4];
-    load_columns<D>(column, columns, n, c, lane);
+    load_columns<Rows<D>>(column, columns, n, c, lane);
 #pragma unroll
     for (int m = 0; m < PAIRS; ++m) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if (c + i >= STEPS) continue;
         unsigned a[4];
-        load_rows<D>(a, rows, 2 * m, smaller(2 * m + 1, TILES - 1), c + i, lane);
+        load_rows<Rows<D>>(a, rows, 2 * m, smaller(2 * m + 1, TILES - 1), c + i, lane);
         if (2 * (c + i) + 1 < CHUNKS) {
           Mma<Element>::m16n8k16(s[m], a[0], a[1], a[2], a[3], column[2 * i], column[2 * i + 1], s[m]);
         } else {
@@ -120,7 +121,7 @@ __device__ __forceinline__ void add_queries(float (&acc)[PAIRS][D / 8][4], const
 #pragma unroll
   for (int c = 0; c < D / 8; c += 4) {
     unsigned r[4][2];
-    load_tokens<D, BOTH>(r, map, n, c, lane);
+    load_tokens<Rows<D>, BOTH>(r, map, n, c, lane);
 #pragma unroll
     for (int j = 0; j < TILES; j += 2) {
       const bool both_keys = j + 1 < TILES;
@@ -156,7 +157,7 @@ __device__ __forceinline__ void finish_queries(const unsigned (&ds)[2][TILES], u
 #pragma unroll
     for (int c = 0; c < D_CHUNKS; c += 4) {
       unsigned r[4][2];
-      load_tokens<HEAD_DIM>(r, keys, j, c, lane);
+      load_tokens<Rows<HEAD_DIM>>(r, keys, j, c, lane);
 #pragma unroll
       for (int i = c; i < c + 4 && i < D_CHUNKS; ++i) {
         if (both_keys) {
@@ -227,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   Scores& scores = *reinterpret_cast<Scores*>(shared);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), its_lane = threadIdx.x % 32;
   unsigned char* stages = shared + SCORES + warp * OF_WARP;
-  const Share share(params.sizes, blockIdx.x, warp);
+  const Share share(params.sizes, warp);
   const float unit = unit_of(scale);
 
   const int step = params.sizes.slices * AT_ONCE, first = share.slice * AT_ONCE + warp / HEADS;
@@ -246,8 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     }
     cp_async_commit();
   };
-  const BiasShare bias(rpb + static_cast<long long>(share.head) * params.rpb.head, params.rpb, unit, share, warp,
-                       its_lane);
+  const BiasShare<AT_ONCE> bias(rpb + static_cast<long long>(share.head) * params.rpb.head, params.rpb, warp, its_lane);
   for (int i = its_lane; i < SUMS / 16; i += 32)
     reinterpret_cast<uint4*>(stages + STAGES * STAGE)[i] = make_uint4(0, 0, 0, 0);
 #pragma unroll
@@ -258,9 +258,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     clear_last<HEAD_DIM_V>(stages + slot * STAGE + G_AT, its_lane);
   }
   __syncwarp();
+  // What is asked for first is there first: warps of one batch entry after another, so that the first ones compute
+  // while the others' maps are under way.
+  const int turn = warp / HEADS;
+  if (turn > 0) named_barrier_sync(turn, 64 * HEADS);
 #pragma unroll
   for (int slot = 0; slot < STAGES; ++slot) load(first + slot * step, slot);
-  scores.fill(bias, share, warp, its_lane);
+  if (turn + 1 < AT_ONCE) named_barrier_sync(turn + 1, 64 * HEADS);
+  scores.fill(bias, 1.f / unit, share, warp, its_lane);
   __syncthreads();
 
   float2* sums = reinterpret_cast<float2*>(stages + STAGES * STAGE);
