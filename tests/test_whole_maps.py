@@ -162,21 +162,21 @@ def test_refusals(direction: Direction, case: Case, reason: str) -> None:
 
 def test_heads_that_lie_apart_are_copied_one_by_one() -> None:
     call = call_for("forward", BY_NAME["packed"])
-    assert dict(plan_for(call, FACTS, Config("whole")).launches[0].kernel.defines)["HEADS"] == "4"
+    assert dict(plan_for(call, FACTS, Config("whole")).launches[0].kernel.defines)["HEADS"] == "2"
     strides = list(call.strides)
     strides[1] = (7 * 7 * 4 * 40, 7 * 4 * 40, 4 * 40, 40, 1)
     apart = replace(call, strides=tuple(strides))
     assert dict(plan_for(apart, FACTS, Config("whole")).launches[0].kernel.defines)["HEADS"] == "1"
-    with pytest.raises(ValueError, match="heads 4"):
-        plan_for(apart, FACTS, Config("whole", (("heads", 4),)))
+    with pytest.raises(ValueError, match="heads 2"):
+        plan_for(apart, FACTS, Config("whole", (("heads", 2),)))
 
 
 def test_small_problems_are_spread_out() -> None:
     """No multiprocessor has two teams' maps while another one has none."""
     nat = Problem(Window.of(2, 7), 1, (7, 7), 16, 16, 32, 32, 0, "float16", "float32")
-    for batch, teams, stages in ((1, 1, 1), (33, 1, 1), (34, 2, 1), (128, 2, 2), (1024, 2, 2)):
+    for batch, teams, stages in ((1, 1, 1), (16, 1, 1), (17, 2, 1), (128, 4, 2), (1024, 4, 2)):
         g = choose_geometry(replace(nat, batch=batch), "forward", FACTS, {})
-        assert g is not None and (g.at_once, g.stages, g.heads, g.split) == (teams, stages, 4, 2), batch
+        assert g is not None and (g.at_once, g.stages, g.heads, g.split) == (teams, stages, 2, 2), batch
 
 
 def test_far_strides_are_refused() -> None:

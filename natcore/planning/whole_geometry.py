@@ -189,10 +189,10 @@ Launches = Iterator[tuple[int, int, int, int]]  # warps, heads and stages of a b
 
 
 def _forward_launches(problem: Problem, tile: Tile, facts: DeviceFacts, options: Mapping[str, int]) -> Launches:
-    """One block of a multiprocessor: teams of up to 4 heads, as many as its registers allow, and two stages, but no
+    """One block of a multiprocessor: teams of 2 heads, or 3, as many as its registers allow, and two stages, but no
     more than it takes to have every multiprocessor at work."""
     grouped = problem.heads != problem.heads_kv
-    heads = options.get("heads", 1 if grouped else next(n for n in (4, 3, 2, 1) if problem.heads % n == 0))
+    heads = options.get("heads", 1 if grouped else next(n for n in (2, 3, 1) if problem.heads % n == 0))
     if heads < 1 or (grouped and heads > 1):  # a row of queries' heads has fewer of keys'
         return
     axes = axes_of(problem)

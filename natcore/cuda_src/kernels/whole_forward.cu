@@ -15,8 +15,8 @@
 //           ...                              here of two rows
 //
 // Shared memory, bytes: the bias (struct Scores), two barriers for each team and stage and one for the bias; then for
-// each team and stage K, V and Q, ROWS rows of HEADS heads each. (NAT-Tiny, 7x7, 2 teams and stages, 4 heads: 13440 +
-// 128 + 4 * 40832; 176896 in all.)
+// each team and stage K, V and Q, ROWS rows of HEADS heads each. (NAT-Tiny, 7x7, 4 teams, 2 stages, 2 heads: 6784 +
+// 256 + 8 * 21632; 180096 in all.)
 #define ROWS_ARE_QUERIES true
 #include "common/whole_scores.cuh"
 #include "common/whole_team.cuh"
