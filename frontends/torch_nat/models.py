@@ -18,7 +18,7 @@ from natcore.models import NATConfig, model_config
 from torch_nat.casting import autocast_dtype, with_cast_weights
 from torch_nat.layers import DropPath, NeighborhoodAttention2D, drop_path_factors
 from torch_nat.recomputation import recomputed, recomputing
-from torch_nat.token_sums import apply_linear, apply_norm, in_groups
+from torch_nat.token_sums import apply_linear, apply_norm
 
 
 class ConvTokenizer(nn.Module):
@@ -108,15 +108,10 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = in_groups(self.fc1, x)
-
-        def second(y: Tensor) -> Tensor:
-            return apply_linear(self.fc2, y if grouped is x else y.view(*x.shape[:-1], y.shape[-1]))
-
-        y = apply_linear(self.fc1, grouped)
+        x = apply_linear(self.fc1, x)
         if self.training and not self.drop.p:
-            return recomputing(self.act, second, y)
-        return self.drop(second(self.drop(self.act(y))))
+            return recomputing(self.act, partial(apply_linear, self.fc2), x)
+        return self.drop(apply_linear(self.fc2, self.drop(self.act(x))))
 
 
 class NATBlock(nn.Module):

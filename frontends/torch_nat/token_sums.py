@@ -24,7 +24,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 TABLES = ("weight_table", "bias_table")
 
 #: Tokens that the first step adds, at most, unless a row has more: few, so that many threads share the work.
-_GROUP = 128
+_GROUP = 256
 
 
 # tables: [groups, *parameter.shape] for each parameter, without values. column_sums: of tables with as many rows, one
@@ -85,13 +85,6 @@ def apply_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
     return torch.ops.natcore.layer_norm(x, layer.weight, layer.bias, *tables, layer.eps)
 
 
-def in_groups(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``[groups, tokens, channels]`` where layer has a table, else x. A compiler that finds what lies between two layers
-    in this shape joins its backward pass with the first step of the sum."""
-    table = _bias_table(layer)
-    return x if table is None or not _fits(table, x) else x.reshape(table.shape[0], -1, x.shape[-1])
-
-
 def _bias_table(layer: nn.Linear) -> Tensor | None:
     return layer._parameters.get("bias_table") if torch.compiler.is_dynamo_compiling() else None
 
@@ -104,9 +97,11 @@ def _fits(table: Tensor, x: Tensor) -> bool:
 
 
 def _table(gradients: Tensor, groups: int) -> Tensor:
-    """The first step, in float32: ``[..., channels]`` to ``[groups, channels]``. Axes that need not be reshaped are not:
-    a compiler joins kernels over the same axes."""
+    """The first step, in float32: ``[..., channels]`` to ``[groups, channels]``. Axes are left as they are where they
+    can be: a compiler joins kernels over the same axes."""
     samples, rows = gradients.shape[:2]
+    if groups == samples:
+        return gradients.sum(tuple(range(1, gradients.dim() - 1)), dtype=torch.float32)
     if groups % samples == 0 and rows % (groups // samples) == 0:
         grouped = gradients.unflatten(1, (groups // samples, -1))
         return grouped.sum(tuple(range(2, grouped.dim() - 1)), dtype=torch.float32).flatten(0, 1)

@@ -24,7 +24,7 @@ def block_and_map(**changes: object) -> tuple[NATBlock, torch.Tensor]:
     block = next(m for m in model.modules() if isinstance(m, NATBlock)).train()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.1 if parameter.dim() > 1 else 1.0)
-    return block, torch.randn(2, 14, 14, 64)
+    return block, torch.randn(2, 14, 28, 64)
 
 
 def compiled_step(block: nn.Module, x: torch.Tensor) -> tuple[list, list[torch.fx.GraphModule]]:
@@ -105,7 +105,7 @@ def test_what_gets_no_table():
     block, x = block_and_map(qkv_bias=False)
     _, (_, backward) = compiled_step(block, x)
     assert [len(node.args[0]) for node in nodes(backward, SUMS)] == [7]
-    small = torch.randn(1, 6, 23, 64)  # padded to 7 rows, which two groups of tokens cannot share
+    small = torch.randn(1, 6, 45, 64)  # padded to 7 rows, which two groups of tokens cannot share
     expected = step(block, block, small)
     actual, (_, backward) = compiled_step(block, small)
     assert [len(node.args[0]) for node in nodes(backward, SUMS)] == [6]  # not proj
@@ -140,7 +140,7 @@ def test_batches_of_any_size():
     block, x = block_and_map()
     call = torch.compile(lambda x: with_cast_weights(block, x), fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (2, 3, 5):
-        x = torch.randn(batch, 14, 14, 64)
+        x = torch.randn(batch, 14, 28, 64)
         expected, actual = step(block, block, x), step(call, block, x)
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=0.02, atol=0.02 * float(e.abs().max()))
