@@ -196,8 +196,9 @@ __device__ __forceinline__ void clear_last(unsigned char* shared, int lane) {
 // Rows of two tiles, elements 16 c ... + 15, as an A operand.
 template <typename Rows>
 __device__ __forceinline__ void load_rows(unsigned (&r)[4], unsigned map, int n0, int n1, int c, int lane) {
-  const int row = TILE_ROWS * (lane / 8 % 2 == 0 ? n0 : n1) + lane % 8;
-  ldmatrix_x4(r, map + row * Rows::PITCH + Rows::chunk(lane % 8, smaller(2 * c + lane / 16, Rows::CHUNKS - 1)));
+  const int token = smaller(lane % 8, TILE_ROWS - 1);  // not the next tile's first, which might be another warp's
+  const int row = TILE_ROWS * (lane / 8 % 2 == 0 ? n0 : n1) + token;
+  ldmatrix_x4(r, map + row * Rows::PITCH + Rows::chunk(token, smaller(2 * c + lane / 16, Rows::CHUNKS - 1)));
 }
 
 // Rows of tile n, elements 16 c ... + 31, as two B operands of a product along the elements.

@@ -154,8 +154,7 @@ struct Queries {
   }
 };
 
-// A part's queries of a head times a number: a scale that is not to be in the softmax's unit. (Of a tile of fewer than
-// 8 rows, the eighth is the other part's: whatever it is, nothing comes of it.)
+// A part's queries of a head times a number: a scale that is not to be in the softmax's unit.
 __device__ __forceinline__ void scale_queries(unsigned char* queries, int part, float factor, int lane) {
   constexpr int OF_PART = SPLIT == 1 ? ROWS : 4 * TILE_ROWS;
   const int end = smaller(part * OF_PART + OF_PART, ROWS) * D_CHUNKS;

@@ -9,8 +9,8 @@ __device__ __forceinline__ void cp_async_16(unsigned shared, const void* global,
 }
 
 // 16 bytes, as above, that nobody reads again soon: L2 gives them up before what it held already, which it may have to
-// write back. (For whole copies only: on an H200, copies with this hint and a size of their own were an illegal
-// instruction.)
+// write back. (Without `present`: with the hint and a size of their own, copies ended in an illegal instruction on an
+// H200.)
 __device__ __forceinline__ void cp_async_16_once(unsigned shared, const void* global) {
   unsigned long long policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
