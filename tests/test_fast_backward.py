@@ -80,7 +80,7 @@ def test_planner_prefers_tensor_cores() -> None:
         taken.add(preferred.name)
         assert plan_for(call, FACTS) == preferred.plan(call, FACTS, {}), case.name
     assert taken == {"whole", "marching", "tiled_backward"}
-    other = replace(call, problem=replace(call.problem, dtype="float32"))
+    other = replace(call, problem=replace(call.problem, dtype="float64"))
     assert plan_for(other, FACTS).launches[0].kernel.name.startswith("general")
     for name in taken:
         with pytest.raises(NotImplementedError, match="float16 and bfloat16"):

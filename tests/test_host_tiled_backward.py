@@ -65,9 +65,16 @@ def judge(
     return results
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("case", [*OWN, *(fitting(c) for c in CASES if able(fitting(c)))], ids=lambda case: case.name)
-def test_cases(case: Case, folder: Path) -> None:
-    judge(case, "float16", folder)
+def test_cases(case: Case, dtype: str, folder: Path) -> None:
+    judge(case, dtype, folder)
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(40, 24), (64, 32), (24, 80)])
+def test_rows_of_float32(head_dim: int, head_dim_v: int, folder: Path) -> None:
+    """Own rows in registers, and others in shared memory; n8 tiles without a partner."""
+    judge(replace(OWN[0], head_dim=head_dim, head_dim_v=head_dim_v), "float32", folder)
 
 
 MAP = OWN[0]
@@ -117,8 +124,8 @@ DEFECTS = {
     ),
     "delta with the wrong sign": (
         "kernels/tiled_queries.cu",
-        "own.minus_delta[2 * h] -= __shfl_sync",
-        "own.minus_delta[2 * h] += __shfl_sync",
+        "own.minus_delta[2 * h] -= products[h];",
+        "own.minus_delta[2 * h] += products[h];",
         "dq: error",
     ),
     "queries of other tiles weigh as well": (
@@ -138,6 +145,18 @@ DEFECTS = {
         "for (int warp = 0; warp < WARPS; ++warp) {",
         "for (int warp = 1; warp < WARPS; ++warp) {",
         "drpb: error",
+    ),
+    "dO . O of a lane's own elements": (
+        "common/tiled_products_float32.cuh",
+        "sum += __shfl_xor_sync(~0u, sum, 1);",
+        ";",
+        "dq: error",
+    ),
+    "results of other queries": (
+        "common/tiled_products_float32.cuh",
+        "multiply(c[n + 1], a, lower, c[n + 1]);",
+        "multiply(c[n + 1], a, upper, c[n + 1]);",
+        "dq: error",
     ),
     "rows are not masked": ("common/tiled_gradients.cuh", "& mask[h][e] & other)", "& mask[h][e])", "error"),
     "columns are not masked": ("common/tiled_gradients.cuh", "& mask[h][e] & other)", "& other)", "error"),
@@ -160,5 +179,6 @@ def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
     (sources / file).write_text(source.replace(text, replacement))
     options = {"region0": 1, "region1": 2, "blocks_per_sm": 1, "stages": 1}
     order = 2 if "overwritten" in defect else host.Order.LATE
+    dtype = "float32" if "float32" in file else "float16"
     with pytest.raises((host.BlockError, AssertionError), match=error):
-        judge(MAP, "float16", folder, options, order=order, sources=sources)
+        judge(MAP, dtype, folder, options, order=order, sources=sources)

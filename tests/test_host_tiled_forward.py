@@ -79,10 +79,10 @@ def test_older_architecture(dtype: str, folder: Path) -> None:
 
 # Of which dtype, in which file what becomes what, and how it shows.
 DEFECTS = {
-    "one product of three": (
+    "two products of three": (
         "common/split.cuh",
-        "a.high, b.low[0], b.low[1], d);",
-        "a.high, 0u, 0u, d);",
+        "a.high, b.low[0], b.low[1], small);",
+        "a.high, 0u, 0u, small);",
         "out: error",
     ),
     "one sum of four lanes": (

@@ -54,6 +54,13 @@ def _unfused() -> tuple[Call, ...]:
     return (*scores, *[contiguous_call(direction, p) for p in problems for direction in ("av", "av_backward")])
 
 
+def small_windows_float32(*directions: Direction) -> tuple[Call, ...]:
+    """As `small_windows`, of float32."""
+    calls = [call for call in small_windows(*directions) if call.problem.dtype == "float16"]
+    problems = [(call.direction, replace(call.problem, dtype="float32")) for call in calls]
+    return tuple(contiguous_call(direction, problem) for direction, problem in problems)
+
+
 def small_windows(*directions: Direction) -> tuple[Call, ...]:
     """16-bit elements: the stages of NAT-Tiny, other windows, ranks and head dimensions."""
     nat = Problem(Window.of(2, 7), 128, (56, 56), 2, 2, 32, 32, 0, "float16", "float32")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 from natcore.planning import listed
 from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
@@ -144,6 +143,6 @@ CANDIDATE = Candidate(
     OPTIONS,
     refusal,
     plan,
-    partial(listed.small_windows, "forward"),
+    lambda: (*listed.small_windows("forward"), *listed.small_windows_float32("forward")),
     clocks=clocks,
 )

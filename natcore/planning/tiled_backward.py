@@ -1,4 +1,4 @@
-"""Plans for the tiled backward (cuda_src/kernels/tiled_queries.cu, tiled_keys.cu), 16-bit elements.
+"""Plans for the tiled backward (cuda_src/kernels/tiled_queries.cu, tiled_keys.cu).
 
 Two passes: one of queries, which makes dq and partial sums of drpb and leaves each query's scalars in the workspace,
 and one of keys, which makes dk and dv. How the map is cut is compiled in (see `tiled_backward_geometry` and, for the
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from functools import partial
 from math import prod
 
 from natcore.planning import listed
@@ -37,6 +36,7 @@ from natcore.problem import OPERANDS, Call
 _CHOICES = ("ordering", "columns", "region0", "region1", "stages", "blocks_per_sm")
 OPTIONS = (*_CHOICES, *(KEYS + name for name in _CHOICES))
 _QUERIES = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq")
+LONGEST_FLOAT32 = 192  # elements of a key and its value
 WORKSPACE = 16 << 20  # bytes of partial sums of drpb, at most
 
 
@@ -131,9 +131,14 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     p = call.problem
     if call.direction != "backward":
         return "its forward has a name of its own."
-    reason = refusal_of_elements(call, facts, "tiled backward")
+    reason = refusal_of_elements(call, facts, "tiled backward", float32=True)
     if reason is not None:
         return reason
+    if p.dtype == "float32" and p.head_dim + p.head_dim_v > LONGEST_FLOAT32:
+        return (
+            f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}, float32: beyond {LONGEST_FLOAT32} in all few warps "
+            "have room; the general kernels are faster."
+        )
     if p.extra or p.batch == 0:
         return "additional keys and empty batches are for the general kernels."
     reason = refusal_of_strides(call, 1 << 31, "32 bits", first=1)
@@ -164,7 +169,7 @@ CANDIDATE = Candidate(
     OPTIONS,
     refusal,
     plan,
-    partial(listed.small_windows, "backward"),
+    lambda: (*listed.small_windows("backward"), *listed.small_windows_float32("backward")),
     directions=("backward",),
     clocks=clocks,
 )

@@ -37,9 +37,14 @@ class Rates(NamedTuple):
 
 
 #: Fitted to 45 measured times each, of 15 rows of benchmarks/shapes.py, with errors of 9 % and 11 %.
-RATES: dict[Pass, Rates] = {
+SHORT: dict[Pass, Rates] = {
     "queries": Rates(378.0, 12.8, 4.6, 25.2, 0.53, 0.55, 1.4, 6.0, 1140.0, 15000.0),
     "keys": Rates(188.0, 15.5, 7.7, 25.1, 0.47, 0.95, 3.5, 5.5, 460.0, 6000.0),
+}
+#: Of float32, fitted to 79 times of both, of 9 rows, with an error of 6 %.
+LONG: dict[Pass, Rates] = {
+    "queries": Rates(188.0, 12.8, 71.0, 67.0, 0.0, 0.55, 4.6, 5.7, 460.0, 15000.0),
+    "keys": Rates(188.0, 15.5, 2.0, 137.0, 0.56, 0.95, 14.6, 3.1, 460.0, 6000.0),
 }
 STAGED = 0.3  # of the wait for a plane, where there are two stages
 MAX_WARPS = 16  # of a block, and of a multiprocessor
@@ -48,6 +53,7 @@ WARPS: dict[Pass, tuple[tuple[int, int], ...]] = {
     "queries": ((4, 16), (6, 12), (16, 8)),
     "keys": ((4, 14), (6, 12), (16, 8)),
 }
+LONG_WARPS = 8  # of float32
 SQUARE = 12  # warps, for tiles of 4 columns, where compilers for sm_100 and later want more registers
 RESERVED = 1024  # bytes of shared memory that the driver takes from every block
 
@@ -91,13 +97,15 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int],
 def max_warps(g: Geometry, facts: DeviceFacts) -> int:
     """Warps of a multiprocessor that have the registers they need, without spills."""
     steps = sum(ceil(n / 16) for n in (g.problem.head_dim, g.problem.head_dim_v))
+    if g.problem.dtype == "float32":
+        return LONG_WARPS
     warps = next(warps for most, warps in WARPS[g.of] if steps <= most)
     return min(warps, SQUARE) if g.tile[1] <= 4 and capability(facts.arch) >= 100 else warps
 
 
 def cost(g: Geometry, facts: DeviceFacts) -> float:
     """Clocks of the busiest multiprocessor, by the model at the top of this file."""
-    rates, p = RATES[g.of], g.problem
+    rates, p = (LONG if g.problem.dtype == "float32" else SHORT)[g.of], g.problem
     planes, rows, columns = g.reaches
     width, warps = (p.head_dim + p.head_dim_v) / 64, g.warps * g.blocks_per_sm
     lines = planes.units * (columns if g.step_rows == 2 else rows).units * g.seen_heads

@@ -17,6 +17,7 @@ from natcore.planning.axis import Axis, intervals, up
 from natcore.planning.plan import DeviceFacts
 from natcore.planning.tiling import first_query
 from natcore.problem import Problem
+from natcore.views import ITEM_SIZES
 
 Pass = Literal["queries", "keys"]
 PASSES: tuple[Pass, ...] = ("queries", "keys")
@@ -90,9 +91,9 @@ def _plain(axis: Axis, own_keys: bool, first: int, tile: int, length: int) -> bo
     return axis.causal or (first >= kernel // 2 and last - kernel // 2 + kernel <= length)
 
 
-def _pitch(head_dim: int) -> int:
+def _pitch(head_dim: int, item_size: int) -> int:
     """Bytes of a vector, as struct Rows of common/shared_rows.cuh has them."""
-    chunks = up(head_dim, 16) // 8
+    chunks = up(head_dim, 16) * item_size // 16
     return 16 * (chunks if chunks & (chunks - 1) == 0 else chunks | 1)
 
 
@@ -221,7 +222,14 @@ class Geometry:
 
     @property
     def pitches(self) -> tuple[int, int]:
-        return _pitch(self.problem.head_dim), _pitch(self.problem.head_dim_v)
+        p = self.problem
+        return _pitch(p.head_dim, ITEM_SIZES[p.dtype]), _pitch(p.head_dim_v, ITEM_SIZES[p.dtype])
+
+    @property
+    def own_stages(self) -> int:
+        """OWN_STAGES of common/tiled_boxes.cuh."""
+        p = self.problem
+        return 2 if p.dtype == "float32" and up(p.head_dim, 16) + up(p.head_dim_v, 16) > 64 else 1
 
     @property
     def biased(self) -> bool:
@@ -231,7 +239,8 @@ class Geometry:
     def shared_bytes(self) -> int:
         """SHARED_BYTES of common/tiled_boxes.cuh."""
         slots, pitches = prod(self.span), sum(self.pitches)
-        total = self.stages * up(slots * (pitches + (8 if self.own_keys else 0)), 128) + self.warps * 16 * pitches
+        total = self.stages * up(slots * (pitches + (8 if self.own_keys else 0)), 128)
+        total += self.warps * self.own_stages * 16 * pitches
         table = self.differences[0] * self.differences[1] * self.table_row
         total = up(total + (2 * self.seen_heads if self.biased else 1) * table * 4, 16)
         if self.biased and not self.own_keys:
@@ -270,6 +279,8 @@ class Geometry:
         defines |= {"HEAD_DIM_V": p.head_dim_v, "HEADS_PER_KV": self.seen_heads, "STAGES": self.stages}
         defines |= {"BLOCKS_PER_SM": self.blocks_per_sm, "LINES": self.lines, "STEPS": self.steps}
         defines |= {"PLANES": self.reaches[0].box, "TABLE_ROW": self.table_row}
+        if p.dtype == "float32":
+            defines["FLOAT32"] = 1
         if p.rpb_dtype is not None:
             defines["RPB"] = p.rpb_dtype
         return tuple(sorted((name, str(value)) for name, value in defines.items()))

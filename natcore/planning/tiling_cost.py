@@ -3,13 +3,15 @@
 The kernels are bound by how many warps are there to hide latencies, so the model counts instructions
 and divides by what the resident warps can issue:
 
-    instructions of a block    SETUP for each warp, LOAD for 32 chunks of 16 bytes of its span, and for each tile
-                               TILE + (SCORES + PRODUCTS width + MASK where windows are clamped) for each n8 block
-    clocks of a block          instructions * resident blocks / min(ISSUE, resident warps / LATENCY) + WAIT
+    instructions of a block    SETUP for each warp, `load` for 32 chunks of 16 bytes of its span, and for each tile
+                               `tile` + (`scores` + `products` width + MASK where windows are clamped) for each n8 block
+    clocks of a block          instructions * resident blocks / min(`issue`, resident warps / `latency`) + `wait` and,
+                               for each KiB of the span, `copy`
     clocks of the launch       clocks of a block * (waves + TAIL), or one block's where all are resident
 
 with width = (head_dim + head_dim_v) / 64. The constants are read off the compiled kernels (instructions) and
-fitted to measured times on an H200 (the others); see benchmarks/results/forward_kernel.md.
+fitted to measured times on an H200 (the others); see benchmarks/results/forward_kernel.md and float32.md. Those of
+float32, all fitted, stand for what its long code costs rather than for instructions.
 """
 
 from __future__ import annotations
@@ -23,9 +25,24 @@ from typing import NamedTuple
 from natcore.planning.axis import Axis
 from natcore.planning.tiling import TILE_QUERIES, Geometry, first_query
 from natcore.problem import Problem
+from natcore.views import ITEM_SIZES
 
-SETUP, LOAD, TILE, OUTPUT, SCORES, PRODUCTS, MASK = 800, 10, 180, 60, 19, 6, 18
-ISSUE, LATENCY, WAIT, TAIL = 2.5, 6.0, 2100, 0.3
+SETUP, OUTPUT, MASK, TAIL = 800, 60, 18, 0.3
+
+
+class Rates(NamedTuple):
+    load: float
+    tile: float
+    scores: float
+    products: float
+    issue: float
+    latency: float
+    wait: float
+    copy: float
+
+
+SHORT = Rates(10, 180, 19, 6, 2.5, 6.0, 2100, 0)  # of 16-bit elements
+LONG = Rates(8, 490, 80, 56, 2.8, 3.4, 0, 10.3)  # of float32
 SPILL = 1.25  # factor, where a kernel needs more registers than its warps leave it
 REGISTERS = 65536  # of a multiprocessor
 RESERVED_SHARED = 1024  # bytes of shared memory of every block
@@ -69,10 +86,23 @@ def _interior(axis: Axis, tile: int) -> float:
 def _registers(g: Geometry) -> tuple[int, int]:
     """Registers that a thread needs, and that the launch bounds leave it."""
     p = g.problem
+    each_quarter = ceil(g.warps * g.blocks_per_sm / 4)  # a multiprocessor's warps live in four quarters
+    left = min(255, REGISTERS // 4 // 32 // each_quarter // 8 * 8)
+    if p.dtype == "float32":
+        scores = 8 * g.blocks + 30 if g.kept else 4 * g.chunk + (30 if g.chunk < g.blocks else 0)
+        return 70 + scores + p.head_dim_v // 2, left
     output = p.head_dim // 4 + p.head_dim_v // 2 + 4
     need = 30 + 8 * g.blocks if g.kept else 58 + (14 if g.halo[2] % 8 else 0) + 4 * min(g.chunk, g.blocks)
-    each_quarter = ceil(g.warps * g.blocks_per_sm / 4)  # a multiprocessor's warps live in four quarters
-    return need + output, min(255, REGISTERS // 4 // 32 // each_quarter // 8 * 8)
+    return need + output, left
+
+
+def rates_of(problem: Problem) -> Rates:
+    return LONG if problem.dtype == "float32" else SHORT
+
+
+def _span_bytes(g: Geometry) -> int:
+    """Of global memory."""
+    return prod(g.span) * (g.problem.head_dim + g.problem.head_dim_v) * ITEM_SIZES[g.problem.dtype]
 
 
 class Work(NamedTuple):
@@ -86,14 +116,14 @@ class Work(NamedTuple):
 
 def work_of(g: Geometry) -> Work:
     """By the model above. Of a geometry whose accumulators are kept, a tile takes no mask."""
-    p = g.problem
+    p, rates = g.problem, rates_of(g.problem)
     width = (p.head_dim + p.head_dim_v) / 64
     each = tuple(zip(g.axes, g.tile, strict=True))
     mask = 0.0 if g.kept else MASK * (1 - prod(_interior(axis, tile) for axis, tile in each))
-    tile = g.blocks * (SCORES + PRODUCTS * width + mask) + TILE + OUTPUT * p.head_dim_v / 32
+    tile = g.blocks * (rates.scores + rates.products * width + mask) + rates.tile + OUTPUT * p.head_dim_v / 32
     tile += 20 if g.halo[2] % 8 else 0  # addresses
     tiles, exist = prod(g.region), prod(ceil(axis.lengths[0] / tile) for axis, tile in each)
-    load = LOAD * prod(g.span) * (p.head_dim + p.head_dim_v) / 8 / 32
+    load = rates.load * _span_bytes(g) / 16 / 32
     return Work(load, tile, tiles, exist / (prod(g.regions) * tiles))
 
 
@@ -103,11 +133,13 @@ def cost(g: Geometry, shared_bytes: int, multiprocessors: int, work: Work | None
     if resident < 1:
         return inf
     load, tile, tiles, existing = work or work_of(g)
+    rates = rates_of(g.problem)
     turns = 0.6 * ceil(tiles / g.warps) * g.warps + 0.4 * tiles  # idle warps leave room to others
     instructions = SETUP * g.warps + g.rounds * (load + turns * existing * tile)
     need, left = _registers(g)
-    clocks = instructions * resident / min(ISSUE, resident * g.warps / LATENCY) * (SPILL if need > left else 1)
-    clocks += WAIT * (g.rounds if g.stages == 1 else 1)
+    issued = min(rates.issue, resident * g.warps / rates.latency)
+    clocks = instructions * resident / issued * (SPILL if need > left else 1)
+    clocks += (rates.wait + rates.copy * _span_bytes(g) / 1024) * (g.rounds if g.stages == 1 else 1)
     waves = g.grid / (multiprocessors * resident)
     return clocks * (waves + TAIL if waves > 1 else 1)
 
@@ -125,14 +157,15 @@ def with_warps(g: Geometry) -> Iterator[Geometry]:
 
 def _shapes(problem: Problem) -> list[Geometry]:
     """The tile shapes with the least work, as regions of one tile."""
-    shapes = []
+    shapes, rates = [], rates_of(problem)
     for order in orders(problem.window.rank):
         for tile in TILES:
             if all(a >= 0 or n == 1 for a, n in zip(order, tile, strict=True)):
                 g = Geometry.of(problem, order, tile, (1, 1, 1))
                 if is_legal(g):
                     tiles = prod(ceil(axis.lengths[0] / n) for axis, n in zip(g.axes, g.tile, strict=True))
-                    shapes.append((tiles * (TILE + g.blocks * (SCORES + PRODUCTS)), order, tile, g))
+                    block = rates.scores + rates.products
+                    shapes.append((tiles * (rates.tile + g.blocks * block), order, tile, g))
     return [g for *_, g in sorted(shapes, key=lambda s: s[:3])[:3]]
 
 

@@ -8,6 +8,8 @@
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
 
+constexpr bool LONG_PRODUCTS = false;  // interior tiles and others have instructions of their own
+
 // Queries of a warp's stage as A operands, multiplied by `factor`.
 struct Queries {
   unsigned a[D_STEPS][4];

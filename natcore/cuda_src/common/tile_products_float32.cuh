@@ -9,6 +9,8 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/math.cuh"
 
+constexpr bool LONG_PRODUCTS = true;  // two times all instructions would not fit their cache
+
 // Queries stay in the warp's stage: both parts would take twice the registers.
 struct Queries {
   unsigned stage;
@@ -26,22 +28,30 @@ struct Queries {
   }
 };
 
-// S = initial + Q K^T for the keys of COUNT blocks from block FIRST on: two steps of all blocks, then the next two.
+// S += Q K^T over COUNT_STEPS = 1 or 2 steps of elements from step c on, of all blocks.
+template <int COUNT_STEPS, int FIRST, int COUNT>
+__device__ __forceinline__ void score_steps(float (&s)[COUNT][4], const Queries& query, unsigned keys, int slot, int c,
+                                            int lane) {
+  const Split<4> first = query.step(c, lane), second = COUNT_STEPS == 2 ? query.step(c + 1, lane) : first;
+  const int place = Row<HEAD_DIM>::chunk(slot + lane % 8, 2 * c + lane / 8 % (2 * COUNT_STEPS));
+#pragma unroll
+  for (int j = 0; j < COUNT; ++j) {
+    unsigned key[4];
+    ldmatrix_x4(key, keys + key_offset<SLOT_PLANE, SLOT_ROW>((FIRST + j) * 8, lane % 8) * K_PITCH + place);
+    multiply(s[j], first, Split<2>(key), s[j]);
+    if (COUNT_STEPS == 2) multiply(s[j], second, Split<2>(key + 2), s[j]);
+  }
+}
+
+// S = initial + Q K^T for the keys of COUNT blocks from block FIRST on.
 template <int FIRST, int COUNT>
 __device__ __forceinline__ void score(float (&s)[COUNT][4], const float (&initial)[COUNT][4], const Queries& query,
                                       unsigned keys, int slot, int lane) {
 #pragma unroll
-  for (int c = 0; c < D_STEPS; c += 2) {
-    const Split<4> first = query.step(c, lane), second = query.step(smaller(c + 1, D_STEPS - 1), lane);
-#pragma unroll
-    for (int j = 0; j < COUNT; ++j) {
-      const unsigned row = keys + key_offset<SLOT_PLANE, SLOT_ROW>((FIRST + j) * 8, lane % 8) * K_PITCH;
-      unsigned key[4];
-      ldmatrix_x4(key, row + Row<HEAD_DIM>::chunk(slot + lane % 8, smaller(2 * c + lane / 8, D_CHUNKS - 1)));
-      multiply(s[j], first, Split<2>(key), *(c == 0 ? &initial[j] : &s[j]));
-      if (c + 1 < D_STEPS) multiply(s[j], second, Split<2>(key + 2), s[j]);
-    }
-  }
+  for (int i = 0; i < 4 * COUNT; ++i) s[i / 4][i % 4] = initial[i / 4][i % 4];
+#pragma unroll 1  // instructions of all steps would not fit their cache
+  for (int c = 0; c + 1 < D_STEPS; c += 2) score_steps<2, FIRST>(s, query, keys, slot, c, lane);
+  if (D_STEPS % 2 == 1) score_steps<1, FIRST>(s, query, keys, slot, D_STEPS - 1, lane);
 }
 
 // O += P V for the keys of COUNT blocks from block FIRST on. Each lane sums its own weights.

@@ -23,7 +23,7 @@
 //
 // The last tile of an axis is moved back inside the map and stores only the tokens that no other tile owns.
 //
-// Defines: OWN_KEYS, ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, HEADS_PER_KV, TILE_1, TILE_2, REGION_1,
+// Defines: OWN_KEYS, ELEMENT, FLOAT32 (that this is float32), RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, HEADS_PER_KV, TILE_1, TILE_2, REGION_1,
 // REGION_2, SPAN_1 (rows, one more where steps have two), SPAN_2 (columns, a multiple of 8), STAGES (planes in shared
 // memory), BLOCKS_PER_SM; LINES and STEPS (the most of a plane of a box), PLANES (of a box); TABLE_ROW (pitch of the
 // difference table) and, for a = 0, 1, 2, KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a and the difference table's
@@ -35,6 +35,9 @@
 #include "common/window.cuh"
 
 using Element = ELEMENT;
+constexpr int CHUNK_ELEMENTS = 16 / sizeof(Element);  // of 16 bytes
+template <int D>
+using Row = Rows<D, sizeof(Element)>;
 #ifdef RPB
 using BiasElement = RPB;
 constexpr bool BIASED = true;
@@ -46,24 +49,29 @@ constexpr bool BIASED = false;
 constexpr int WARPS = REGION_1 * REGION_2, THREADS = 32 * WARPS;
 constexpr int STEP_ROWS = TILE_1 > 1 ? 2 : 1, STEP_COLUMNS = 16 / STEP_ROWS;
 constexpr int D = (HEAD_DIM + 15) / 16 * 16, V = (HEAD_DIM_V + 15) / 16 * 16;  // padded with zeros
-constexpr int D_STEPS = D / 16, V_STEPS = V / 16;
-constexpr bool SCARCE = D_STEPS + V_STEPS > 6;  // registers: addresses are then found again where they are needed
+constexpr bool SCARCE = D + V > 96;  // registers: addresses are then found again where they are needed
 // Rows g and g + 8 of a tile are so many rows and columns apart.
 constexpr int HALF_ROWS = TILE_2 < 16 ? 8 / TILE_2 : 0, HALF_COLUMNS = TILE_2 < 16 ? 0 : 8;
 constexpr int SEEN_HEADS = OWN_KEYS ? HEADS_PER_KV : 1;  // heads of seen tokens for one of own ones
 
 static_assert(TILE_1 * TILE_2 == 16 && (TILE_2 == 4 || TILE_2 == 8 || TILE_2 == 16), "a tile is the 16 rows of an mma");
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks");
+static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks and n8 tiles");
 static_assert(SPAN_2 % 8 == 0, "the permutation of a token's chunks depends on its column alone");
+
+constexpr int OUT_CHUNKS = (V / CHUNK_ELEMENTS + 3) / 4;  // of a row of O, of each of four lanes
+constexpr int SIDE_SLOTS = STEP_ROWS == 2 ? SPAN_2 : 8;   // from one n8 side of a step to the other
+constexpr int STEP_SLOTS = STEP_ROWS == 2 ? 2 * SPAN_2 : 16;
 
 // ---- shared memory, in bytes ----
 
 constexpr int SLOTS = SPAN_1 * SPAN_2;  // of a plane: one for each token
-constexpr int D_PITCH = Rows<D>::PITCH, V_PITCH = Rows<V>::PITCH;
+constexpr int D_PITCH = Row<D>::PITCH, V_PITCH = Row<V>::PITCH;
 constexpr int SEEN_V_AT = SLOTS * D_PITCH, SCALARS_AT = SEEN_V_AT + SLOTS * V_PITCH;
 constexpr int STAGE = (SCALARS_AT + (OWN_KEYS ? SLOTS * 8 : 0) + 127) / 128 * 128;
 constexpr int OWN_AT = STAGES * STAGE, OWN = 16 * (D_PITCH + V_PITCH);  // each warp's own tokens
-constexpr int TABLE_AT = OWN_AT + WARPS * OWN;
+// Those of float32 that are too many for registers stay there, while the next ones come.
+constexpr int OWN_STAGES = sizeof(Element) == 4 && D + V > 64 ? 2 : 1;
+constexpr int TABLE_AT = OWN_AT + WARPS * OWN_STAGES * OWN;
 constexpr int TABLE_PLANE = DIFFERENCES_1 * TABLE_ROW, TABLE = DIFFERENCES_0 * TABLE_PLANE;  // floats
 constexpr int TABLES = BIASED ? 2 : 1;  // of a head: with a mask; without
 constexpr int SUMS_AT = (TABLE_AT + (BIASED ? SEEN_HEADS : 1) * TABLES * TABLE * 4 + 15) / 16 * 16;

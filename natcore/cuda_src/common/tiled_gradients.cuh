@@ -5,17 +5,18 @@
 #include "common/tiled_bias.cuh"
 #include "common/tiled_loads.cuh"
 #include "ptx/math.cuh"
-#include "ptx/mma.cuh"
+#ifdef FLOAT32
+#include "common/tiled_products_float32.cuh"
+#else
+#include "common/tiled_products.cuh"
+#endif
 
 // What all lanes of a warp have alike, so that the compiler knows.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 
-constexpr int SIDE_SLOTS = STEP_ROWS == 2 ? SPAN_2 : 8;  // from one n8 side of a step to the other
-constexpr int STEP_SLOTS = STEP_ROWS == 2 ? 2 * SPAN_2 : 16;
-
-// dq of a tile of queries, or dk and dv of one of keys: n8 tiles of the head's elements.
+// dq of a tile of queries, or dk and dv of one of keys: n8 tiles of the head's elements, as the products have them.
 struct Results {
-  float d[2 * D_STEPS][4], v[2 * V_STEPS][4];
+  float d[D / 8][4], v[V / 8][4];
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (auto& tile : d)
@@ -30,42 +31,10 @@ struct Results {
 
 // Own vectors as A operands. A lane's two own queries have an LSE, times log2(e), and a negative delta, each twice.
 struct Own {
-  unsigned d[D_STEPS][4], v[V_STEPS][4];
+  OwnRows<D> d;
+  OwnRows<V> v;
   float lse[2], minus_delta[4];
 };
-
-// C = start + own seen^T: two n8 sides, of a lane's seen token at `seen`, whose chunks lie as those of slot `token` do.
-template <int PADDED>
-__device__ __forceinline__ void multiply(float (&c)[2][4], const float (&first)[4], const float (&second)[4],
-                                         const unsigned (&own)[PADDED / 16][4], unsigned seen, unsigned token,
-                                         unsigned lane) {
-#pragma unroll
-  for (int step = 0; step < PADDED / 16; ++step) {
-    unsigned r[4];
-    ldmatrix_x4(r, seen + Rows<PADDED>::chunk(token % 8, 2 * step + lane / 8 % 2));
-    const float(&from)[2][4] = c;
-    Mma<Element>::m16n8k16(c[0], own[step][0], own[step][1], own[step][2], own[step][3], r[0], r[1],
-                           step == 0 ? first : from[0]);
-    Mma<Element>::m16n8k16(c[1], own[step][0], own[step][1], own[step][2], own[step][3], r[2], r[3],
-                           step == 0 ? second : from[1]);
-  }
-}
-
-// C += weights seen, of the 16 seen tokens of a step.
-template <int PADDED>
-__device__ __forceinline__ void accumulate(float (&c)[PADDED / 8][4], const float (&weights)[2][4], unsigned seen,
-                                           unsigned token, unsigned lane) {
-  unsigned a[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = pack<Element>(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-  for (int n = 0; n < PADDED / 8; n += 2) {
-    unsigned r[4];
-    ldmatrix_x4_transposed(r, seen + Rows<PADDED>::chunk(token % 8, n + lane / 16));
-    Mma<Element>::m16n8k16(c[n], a[0], a[1], a[2], a[3], r[0], r[1], c[n]);
-    Mma<Element>::m16n8k16(c[n + 1], a[0], a[1], a[2], a[3], r[2], r[3], c[n + 1]);
-  }
-}
 
 // What one plane of a tile's box gives. `stage` is the plane's place in shared memory, `bias` that of `table_offset`,
 // `sums` those of the plane.
@@ -83,7 +52,7 @@ __device__ __forceinline__ void differentiate(Results& results, const Own& own, 
     const unsigned slot = (y - region.row) * SPAN_2 + x - region.column;
     // This lane's seen token of the first step, as a row of B and of its transpose.
     const unsigned token = slot + lane % 8 + lane / 16 * SIDE_SLOTS;
-    const unsigned token_t = slot + lane % 8 + lane / 8 % 2 * SIDE_SLOTS;
+    const unsigned token_t = slot + transposed_token(lane);
     unsigned d = shared_address(stage) + token * D_PITCH, v = shared_address(stage) + SEEN_V_AT + token * V_PITCH;
     const unsigned transposed_d = (token_t - token) * D_PITCH, transposed_v = (token_t - token) * V_PITCH;
     const float2* scalars = reinterpret_cast<const float2*>(stage + SCALARS_AT) + slot + column;
@@ -149,10 +118,10 @@ __device__ __forceinline__ Interval share_of(const Sizes& sizes, int slice) {
 }
 
 // Works through a slice's regions, plane by plane; what comes next is copied meanwhile. Of a Pass:
-//   load_seen(region, head, plane, stage), load_own(region, tile)   start copies
+//   load_seen(region, head, plane, stage), load_own(region, tile, own)   start copies; `own` is the place, 0 or 1
 //   State                                       what a warp knows of its tile; its results
 //   announce(state, region, tile)               before the own tokens are there
-//   begin(state, region, tile)                  reads the own tokens; results are zeros
+//   begin(state, region, tile, own)             reads the own tokens; results are zeros
 //   add(state, region, tile, head, plane, stage)
 //   end(state, region, tile)                    stores
 //   change(next, tile)                          whether the sums of earlier tiles cannot go on with this tile
@@ -171,11 +140,11 @@ __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned ch
   __syncthreads();
   if (regions[0].item < 0) return;
   Tile* tiles = reinterpret_cast<Tile*>(shared + TILES_AT + 2 * TILE * warp);  // the one at hand and the next
-  int stage = 0, turn = 0, parity = 0;
+  int stage = 0, turn = 0, parity = 0, own = 0;
   pass.load_seen(regions[0], 0, regions[0].planes.start, 0);
   tiles[0] = Tile(regions[0], warp);  // all lanes write the same
   __syncwarp();
-  if (tiles[0].exists) pass.load_own(regions[0], tiles[0]);
+  if (tiles[0].exists) pass.load_own(regions[0], tiles[0], 0);
   if (pass.change(regions[0], tiles[0])) flags[0] = 1;
 #pragma unroll 1
   while (true) {
@@ -210,7 +179,7 @@ __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned ch
           __syncthreads();
           pass.clear(region, tile);
         }
-        pass.begin(state, region, tile);
+        pass.begin(state, region, tile, own);
         __syncwarp();
         if (next.item >= 0) {
           Tile& its = tiles[parity ^ next.moved];
@@ -219,7 +188,7 @@ __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned ch
             __syncwarp();
             if (pass.change(next, its)) flags[next_turn] = 1;
           }
-          if (its.exists) pass.load_own(next, its);
+          if (its.exists) pass.load_own(next, its, OWN_STAGES - 1 - own);
         }
         const int last_turn = next_turn == 2 ? 0 : next_turn + 1;
         if (threadIdx.x == THREADS - 1) {
@@ -242,5 +211,6 @@ __device__ __forceinline__ void work(Pass& pass, const Sizes& sizes, unsigned ch
     if (next.item < 0) return;
     turn = next_turn;
     parity ^= next.moved;
+    own = OWN_STAGES - 1 - own;
   }
 }

@@ -34,20 +34,23 @@ struct Params {
   Layout q, k, v, rpb, out, lse;
 };
 
-// Where a tile's accumulators come from: the masked table, the other one and bits, or registers.
-enum class Start { DIFFERENCES, BITS, REGISTERS };
-
 // The accumulators of COUNT blocks from block FIRST on, for which S = Q K^T is then added.
-template <Start START, int FIRST, int COUNT>
-__device__ __forceinline__ void start(float (&s)[COUNT][4], const TileMask& mask, const float* bias, int lane) {
+template <int FIRST, int COUNT>
+__device__ __forceinline__ void start(float (&s)[COUNT][4], bool interior, const TileMask& mask, const float* bias,
+                                      int lane) {
   unsigned words[2];
+  if (interior) {
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) initial_scores<true>(s[j], FIRST + j, bias, words, lane);
+    return;
+  }
 #pragma unroll
   for (int j = 0; j < COUNT; ++j) {
-    if (START == Start::BITS && j % 4 == 0) {
+    if (j % 4 == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) words[h] = mask.word((FIRST + j) / 4, h, lane);
     }
-    initial_scores<START == Start::DIFFERENCES>(s[j], FIRST + j, bias, words, lane);
+    initial_scores<false>(s[j], FIRST + j, bias, words, lane);
   }
 }
 
@@ -74,23 +77,23 @@ __device__ __forceinline__ void soften(Output& output, float (&s)[COUNT][4], flo
   if (!first) rescale(output, factors, lane);
 }
 
-// All chunks of a tile from FIRST on.
-template <Start START, int FIRST, int KEPT_BLOCKS>
-__device__ __forceinline__ void attend(Output& output, const Queries& query, unsigned keys,
-                                       unsigned values, int slot, const TileMask& mask, const float* bias,
+// All chunks of a tile from FIRST on. `kept` are its accumulators, if it has them.
+template <int FIRST, int KEPT_BLOCKS>
+__device__ __forceinline__ void attend(Output& output, const Queries& query, unsigned keys, unsigned values, int slot,
+                                       bool interior, const TileMask& mask, const float* bias,
                                        const float (&kept)[KEPT_BLOCKS][4], float unit, int lane) {
   if constexpr (FIRST < BLOCKS) {
     constexpr int COUNT = FIRST + CHUNK <= BLOCKS ? CHUNK : BLOCKS - FIRST;
     float s[COUNT][4];
-    if constexpr (START == Start::REGISTERS) {
+    if constexpr (KEPT) {
       score<FIRST>(s, kept, query, keys, slot, lane);
     } else {
-      start<START, FIRST>(s, mask, bias, lane);
+      start<FIRST>(s, interior, mask, bias, lane);
       score<FIRST>(s, s, query, keys, slot, lane);
     }
     soften(output, s, unit, FIRST == 0, lane);
     weigh<FIRST>(output, s, values, slot, lane);
-    attend<START, FIRST + COUNT>(output, query, keys, values, slot, mask, bias, kept, unit, lane);
+    attend<FIRST + COUNT>(output, query, keys, values, slot, interior, mask, bias, kept, unit, lane);
   }
 }
 
@@ -146,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   if constexpr (KEPT) {
     const Tile& tile = tiles[warp];
     if (tile.exists)
-      start<Start::BITS, 0>(kept, TileMask(tile, lane), tables + table_offset(tile, false, lane), lane);
+      start<0>(kept, false, TileMask(tile, lane), tables + table_offset(tile, false, lane), lane);
   }
 
   int parity = 0;
@@ -176,15 +179,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const unsigned its_keys = keys + slot * K_PITCH, its_values = values + slot * V_PITCH;
       const float* bias = tables + table_offset(tile, tile.interior, lane);
       Output output;
-      if constexpr (KEPT) {
-        attend<Start::REGISTERS, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, parts.unit,
-                                    lane);
-      } else if (UNCLAMPED && tile.interior) {
-        attend<Start::DIFFERENCES, 0>(output, query, its_keys, its_values, slot, TileMask(), bias, kept, parts.unit,
-                                      lane);
+      const auto attend_all = [&](bool interior) {
+        TileMask mask;
+        if (!KEPT && !interior) mask = TileMask(tile, lane);
+        attend<0>(output, query, its_keys, its_values, slot, interior, mask, bias, kept, parts.unit, lane);
+      };
+      if (KEPT || !UNCLAMPED) {
+        attend_all(false);
+      } else if (LONG_PRODUCTS) {
+        attend_all(tile.interior);
+      } else if (tile.interior) {
+        attend_all(true);
       } else {
-        const TileMask mask(tile, lane);
-        attend<Start::BITS, 0>(output, query, its_keys, its_values, slot, mask, bias, kept, parts.unit, lane);
+        attend_all(false);
       }
       complete(output);
       const int x0 = tile.query[0], x1 = tile.query[1], x2 = tile.query[2];

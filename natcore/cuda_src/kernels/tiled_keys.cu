@@ -36,7 +36,9 @@ struct Keys {
   __device__ __forceinline__ ScaleParts parts() const {
     return ScaleParts(__int_as_float(anew(__float_as_int(scale))));
   }
-  __device__ __forceinline__ unsigned own_at() const { return shared_address(shared) + OWN_AT + anew(warp) * OWN; }
+  __device__ __forceinline__ unsigned own_at(int own) const {
+    return shared_address(shared) + OWN_AT + (anew(warp) * OWN_STAGES + own) * OWN;
+  }
 
   __device__ __forceinline__ void load_seen(const Region& region, int number, int plane, int stage) const {
     const int its_head = head * SEEN_HEADS + number;
@@ -46,14 +48,14 @@ struct Keys {
     load_scalars(target + SCALARS_AT, region.first_slot(scalars, params.scalars, its_head, plane), params.scalars,
                  region);
   }
-  __device__ __forceinline__ void load_own(const Region& region, const Tile& tile) const {
-    ::load_own<HEAD_DIM, D>(own_at(), tile.base(k, params.k, region, head), params.k, tile, lane);
-    ::load_own<HEAD_DIM_V, V>(own_at() + 16 * D_PITCH, tile.base(v, params.v, region, head), params.v, tile, lane);
+  __device__ __forceinline__ void load_own(const Region& region, const Tile& tile, int own) const {
+    ::load_own<HEAD_DIM, D>(own_at(own), tile.base(k, params.k, region, head), params.k, tile, lane);
+    ::load_own<HEAD_DIM_V, V>(own_at(own) + 16 * D_PITCH, tile.base(v, params.v, region, head), params.v, tile, lane);
   }
   __device__ __forceinline__ void announce(State&, const Region&, const Tile&) const {}
-  __device__ __forceinline__ void begin(State& state, const Region&, const Tile&) const {
-    read_own<D>(state.own.d, own_at(), parts().query, anew_lane(lane));
-    read_own<V>(state.own.v, own_at() + 16 * D_PITCH, 1.f, anew_lane(lane));
+  __device__ __forceinline__ void begin(State& state, const Region&, const Tile&, int own) const {
+    state.own.d.read(own_at(own), parts().query, anew_lane(lane));
+    state.own.v.read(own_at(own) + 16 * D_PITCH, 1.f, anew_lane(lane));
     state.results.clear();
   }
   __device__ __forceinline__ void add(State& state, const Region& region, const Tile& tile, int number, int plane,

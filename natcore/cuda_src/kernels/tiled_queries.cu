@@ -36,20 +36,20 @@ struct Queries {
   struct State {
     Own own;
     Results results;
-    uint4 out[2][(V_STEPS + 1) / 2];  // 16 of each 64 bytes of O, of both own tokens
+    uint4 out[2][OUT_CHUNKS];  // 16 of each 64 bytes of O, of both own tokens
   };
 
-  __device__ __forceinline__ unsigned own_at() const { return shared_address(shared) + OWN_AT + warp * OWN; }
+  __device__ __forceinline__ int own_at(int own) const { return OWN_AT + (warp * OWN_STAGES + own) * OWN; }
 
   __device__ __forceinline__ void load_seen(const Region& region, int, int plane, int stage) const {
     const unsigned target = shared_address(shared) + stage * STAGE;
     load_plane(target, region.first_slot(k, params.k, head_kv, plane), params.k,
                region.first_slot(v, params.v, head_kv, plane), params.v, region);
   }
-  __device__ __forceinline__ void load_own(const Region& region, const Tile& tile) const {
-    ::load_own<HEAD_DIM, D>(own_at(), tile.base(q, params.q, region, head), params.q, tile, lane);
-    ::load_own<HEAD_DIM_V, V>(own_at() + 16 * D_PITCH, tile.base(d_out, params.d_out, region, head), params.d_out, tile,
-                              lane);
+  __device__ __forceinline__ void load_own(const Region& region, const Tile& tile, int own) const {
+    const unsigned at = shared_address(shared) + own_at(own);
+    ::load_own<HEAD_DIM, D>(at, tile.base(q, params.q, region, head), params.q, tile, lane);
+    ::load_own<HEAD_DIM_V, V>(at + 16 * D_PITCH, tile.base(d_out, params.d_out, region, head), params.d_out, tile, lane);
   }
   // Loads what goes through registers.
   __device__ __forceinline__ void announce(State& state, const Region& region, const Tile& tile) const {
@@ -62,10 +62,11 @@ struct Queries {
       const bool stored = tile.stores(token);
       const Element* row = its + Tile::offset(params.out, token);
 #pragma unroll
-      for (int i = 0; i < (V_STEPS + 1) / 2; ++i) {
+      for (int i = 0; i < OUT_CHUNKS; ++i) {
         const int chunk = 4 * i + lane % 4;
         state.out[h][i] = uint4{0, 0, 0, 0};
-        if (stored && chunk < HEAD_DIM_V / 8) state.out[h][i] = *reinterpret_cast<const uint4*>(row + chunk * 8);
+        if (stored && chunk < HEAD_DIM_V / CHUNK_ELEMENTS)
+          state.out[h][i] = *reinterpret_cast<const uint4*>(row + chunk * CHUNK_ELEMENTS);
       }
       // Queries that another tile owns weigh nothing.
       state.own.lse[h] = __int_as_float(0x7f800000), state.own.minus_delta[2 * h] = 0.f;
@@ -73,31 +74,13 @@ struct Queries {
       if (stored && d_lse != nullptr) state.own.minus_delta[2 * h] = its_d_lse[Tile::offset(params.d_lse, token)];
     }
   }
-  __device__ __forceinline__ void begin(State& state, const Region& region, const Tile& tile) const {
+  __device__ __forceinline__ void begin(State& state, const Region& region, const Tile& tile, int its_own) const {
     Own& own = state.own;
-    // dO . O, the diagonals of two products: of rows g, and of rows g + 8. All rows of dO are A, and eight of O are B.
-    float c[2][4] = {};
-    const unsigned char* gradients = shared + OWN_AT + warp * OWN + 16 * D_PITCH;
-#pragma unroll
-    for (int i = 0; i < (V_STEPS + 1) / 2; ++i) {
-      const int chunk = smaller(4 * i + lane % 4, V / 8 - 1);  // beyond them O is zero
-      uint4 a[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int token = lane / 4 + 8 * h;
-        a[h] = *reinterpret_cast<const uint4*>(gradients + token * V_PITCH + Rows<V>::chunk(token, chunk));
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint4& b = state.out[h][i];
-        Mma<Element>::m16n8k16(c[h], a[0].x, a[1].x, a[0].y, a[1].y, b.x, b.y, c[h]);
-        Mma<Element>::m16n8k16(c[h], a[0].z, a[1].z, a[0].w, a[1].w, b.z, b.w, c[h]);
-      }
-    }
+    float products[2];  // dO . O
+    multiply_rows(products, shared + own_at(its_own) + 16 * D_PITCH, state.out, lane);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float diagonal = lane / 4 % 2 == 0 ? c[h][2 * h] : c[h][2 * h + 1];  // where lane % 4 is half of lane / 4
-      own.minus_delta[2 * h] -= __shfl_sync(~0u, diagonal, lane / 4 * 4 + lane / 8);
+      own.minus_delta[2 * h] -= products[h];
       own.minus_delta[2 * h + 1] = own.minus_delta[2 * h];
     }
     // Lane 0 of four writes the scalars of their first token, and lane 1 those of the second.
@@ -107,8 +90,9 @@ struct Queries {
     if ((lane % 4 < 2) & tile.stores(token))
       tile.base(scalars, params.scalars, region, head)[Tile::offset(params.scalars, token)] =
           float2{second ? of_second.x : of_first.x, second ? of_second.y : of_first.y};
-    read_own<D>(own.d, own_at(), parts.query, lane);
-    read_own<V>(own.v, own_at() + 16 * D_PITCH, 1.f, lane);
+    const unsigned at = shared_address(shared) + own_at(its_own);
+    own.d.read(at, parts.query, lane);
+    own.v.read(at + 16 * D_PITCH, 1.f, lane);
     state.results.clear();
   }
   __device__ __forceinline__ void add(State& state, const Region& region, const Tile& tile, int, int plane,
