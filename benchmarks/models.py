@@ -6,7 +6,10 @@ Inference runs in float16 with the weights in float16. A training step is forwar
 cross-entropy, backward and AdamW (fused on CUDA), at the same drop path rate for every model. Figures are medians
 over blocks of steps by the host's clock, the device synchronised at the ends of a block, so launch gaps count.
 "eager" is the model as it stands, "compiled" torch.compile with its defaults (NAT with fullgraph=True), "graphs"
-torch.compile with CUDA graphs (mode="reduce-overhead"). jax_nat's model runs in a process of its own, under jit.
+torch.compile(mode="reduce-overhead"), which replays the same kernels as CUDA graphs, so that the host launches a few
+graphs and not a thousand kernels; the optimizer's step is outside of them. The ratios compare like with like: default
+mode with default mode, graphs with graphs, and the best mode of each model. jax_nat's model runs in a process of its
+own, under jit.
 
 What torch compiles is compiled beforehand, every model and run in a process of its own, all at once; the figures
 then come one after the other, alone on the device, the most wanted first, and each is written as it comes. "First
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -34,39 +37,13 @@ import torch
 from torch import nn
 
 from benchmarks import report as reports
-from natcore.models import MODELS
+from benchmarks.model_pages import CHANNELS_LAST, JAX, ModelFigure, ModelReport, is_jax, is_ours, page
 
 _DROP_PATH = 0.2
 _COMPILED = {"compiled": None, "graphs": "reduce-overhead"}
 RUNS = ("inference:compiled", "training:compiled", "training:graphs", "inference:graphs", "inference:eager")
 MORE_RUNS = ("training:eager",)
 _COMPILING = 0.45  # of the budget, at most
-CHANNELS_LAST = "@channels_last"
-JAX = "jax:"
-
-
-@dataclass
-class ModelFigure:
-    """Images per second of one model at one job ("inference" or "training") in one mode."""
-
-    model: str
-    job: str
-    mode: str
-    images_per_second: float | None = None
-    peak_gib: float | None = None  # of the steps after the first
-    first_step_seconds: float | None = None  # compilation included
-    error: str | None = None
-
-
-@dataclass
-class ModelReport:
-    machine: dict[str, str]
-    figures: list[ModelFigure] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-def is_ours(name: str) -> bool:
-    return name.removeprefix(JAX).removesuffix(CHANNELS_LAST) in MODELS
 
 
 def build(name: str) -> nn.Module:
@@ -218,34 +195,6 @@ def measure_jax(figure: ModelFigure, options: argparse.Namespace, deadline: floa
     figure.images_per_second, figure.first_step_seconds = found["images_per_second"], found["first_step_seconds"]
 
 
-def page(report: ModelReport) -> str:
-    """One table, with ratios to the compiled peers at the same job."""
-    against = [
-        (name, {f.job: f for f in report.figures if f.model == name and f.mode == "compiled"})
-        for name in dict.fromkeys(f.model for f in report.figures)
-        if not is_ours(name)
-    ]
-    rows = []
-    for f in report.figures:
-        speed = (
-            f"{f.images_per_second:,.{0 if f.images_per_second >= 100 else 3}f}"
-            if f.images_per_second
-            else f.error or "-"
-        )
-        ratios = []
-        for _, peers in against:
-            base = peers.get(f.job)
-            known = base and base.images_per_second and f.images_per_second
-            ratios.append(f"{f.images_per_second / base.images_per_second:.2f}" if known else "")  # type: ignore[operator]
-        peak = f"{f.peak_gib:.2f}" if f.peak_gib else ""
-        first = f"{f.first_step_seconds:.1f}" if f.first_step_seconds else ""
-        rows.append([f.model, f.job, f.mode, speed, *ratios, peak, first])
-    head = ["model", "job", "mode", "images / s", *(f"x {name} compiled" for name, _ in against)]
-    lines = ["# Whole models", "", *reports.machine_lines(report.machine)]
-    lines += reports.table([*head, "peak GiB", "first step s"], rows)
-    return "\n".join([*lines, "", *(f"- {note}" for note in report.notes), ""])
-
-
 def main(arguments: list[str] | None = None) -> ModelReport:
     options = _parser().parse_args(arguments)
     torch.backends.cudnn.benchmark = True
@@ -285,10 +234,6 @@ def _figures(options: argparse.Namespace) -> list[ModelFigure]:
         place = next((i for i, f in enumerate(figures) if f.mode != "compiled"), len(figures))
         figures[place:place] = [ModelFigure(model, "inference", "jit") for model in options.models if is_jax(model)]
     return figures
-
-
-def is_jax(model: str) -> bool:
-    return model.startswith(JAX)
 
 
 def _parser() -> argparse.ArgumentParser:

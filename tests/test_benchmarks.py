@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from benchmarks import gpu, latency, models, report, shapes  # noqa: E402
+from benchmarks import gpu, latency, model_pages, models, report, shapes  # noqa: E402
 from benchmarks.ours import OURS  # noqa: E402
 from benchmarks.peers import PEERS, Bound, Implementation, Inputs, block_mask, map_of, missing, windows_of  # noqa: E402
 from benchmarks.shapes import Row  # noqa: E402
@@ -273,17 +273,35 @@ def test_models_are_measured_and_compared(tmp_path, monkeypatch):
     assert "RuntimeError: Unknown model (absent)" in (tmp_path / "models.md").read_text()
 
 
-def test_model_page_has_ratios_to_the_compiled_peers():
+def test_model_page_compares_like_with_like():
     figures = [
         models.ModelFigure("nat_tiny", "inference", "compiled", 12000.0, 1.5, 30.0),
         models.ModelFigure("swin", "inference", "compiled", 8000.0),
+        models.ModelFigure("convnext", "inference", "compiled", error="out of memory"),
         models.ModelFigure("swin", "inference", "eager", 4000.0),
-        models.ModelFigure("jax:nat_tiny", "inference", "jit", error="no GPU"),
+        models.ModelFigure("jax:nat_tiny", "inference", "jit", 10000.0),
+        models.ModelFigure("nat_tiny", "training", "compiled", 3000.0),
+        models.ModelFigure("nat_tiny", "training", "graphs", 5000.0),
+        models.ModelFigure("swin", "training", "compiled", 4000.0),
+        models.ModelFigure("swin", "training", "graphs", 3200.0),
     ]
     page = models.page(models.ModelReport({"command": "c", "commit": "0", "date": "d"}, figures))
-    assert "| nat_tiny | inference | compiled | 12,000 | 1.50 | 1.50 | 30.0 |" in page
-    assert "| swin | inference | eager | 4,000 | 0.50 |" in page
-    assert "| jax:nat_tiny | inference | jit | no GPU |" in page
+    assert "| nat_tiny | inference | compiled | 12,000 | 1.50 | 30.0 |" in page
+    assert "| convnext | inference | compiled | out of memory |" in page
+    assert model_pages.ratios(figures) == [
+        ["model", "job", "modes", "x swin", "x convnext"],
+        ["nat_tiny", "inference", "compiled", "1.50", ""],
+        ["nat_tiny", "inference", "best", "1.50", ""],
+        ["nat_tiny", "training", "compiled", "0.75", ""],
+        ["nat_tiny", "training", "graphs", "1.56", ""],
+        ["nat_tiny", "training", "best", "1.25", ""],
+        ["nat_tiny", "training", "graphs beside compiled", "1.25", ""],
+        ["jax:nat_tiny", "inference", "jit beside compiled", "1.25", ""],
+        ["jax:nat_tiny", "inference", "jit beside best", "1.25", ""],
+    ]
+    assert "| nat_tiny | training | best | 1.25 |" in page
+    alone = models.page(models.ModelReport({"command": "c", "commit": "0", "date": "d"}, figures[:1]))
+    assert "Beside the peers" not in alone
 
 
 def test_the_most_wanted_model_figures_come_first():

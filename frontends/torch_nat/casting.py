@@ -102,20 +102,20 @@ def with_cast_weights(module: nn.Module, x: Tensor) -> Any:
     dtype = autocast_dtype(x)
     if dtype is None or not torch.compiler.is_dynamo_compiling() or is_exporting():
         return module(x)
-    names = [(layer, key) for layer in module.modules() if type(layer) is nn.Linear for key in _castable(layer, x)]
-    names = sorted(names, key=lambda name: tuple(name[0]._parameters[name[1]].shape[1:]))
-    if not names:
+    found = [entry for layer in module.modules() if type(layer) is nn.Linear for entry in _castable(layer, x)]
+    if not found:
         return module(x)
-    weights = torch.ops.natcore.cast([layer._parameters[key] for layer, key in names], dtype)
-    tables = tables_of(module, x) if torch.is_grad_enabled() else {}
-    with _replaced(dict(zip(names, weights, strict=True)) | tables):
+    found = sorted(found, key=lambda entry: tuple(entry[2].shape[1:]))
+    cast = torch.ops.natcore.cast([weight for _, _, weight in found], dtype)
+    replaced = {(layer, key): weight for (layer, key, _), weight in zip(found, cast, strict=True)}
+    with _replaced(replaced | (tables_of(module, x) if torch.is_grad_enabled() else {})):
         return module(x)
 
 
-def _castable(layer: nn.Linear, x: Tensor) -> list[str]:
+def _castable(layer: nn.Linear, x: Tensor) -> list[tuple[nn.Module, str, Tensor]]:
     """The parameters that may lie in one tensor with others: those whose neighbours stay aligned to 16 bytes."""
     return [
-        key
+        (layer, key, weight)
         for key, weight in layer.named_parameters(recurse=False)
         if type(weight) is nn.Parameter
         and weight.dtype == torch.float32

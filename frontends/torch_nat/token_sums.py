@@ -60,8 +60,9 @@ def _groups(height: int, width: int) -> int:
 
 
 def _is_trained(parameter: nn.Parameter | None, x: Tensor) -> bool:
-    plain = type(parameter) is nn.Parameter and parameter.requires_grad
-    return plain and parameter.dtype == torch.float32 and parameter.device == x.device and parameter.dim() == 1
+    if type(parameter) is not nn.Parameter or not parameter.requires_grad:
+        return False
+    return parameter.dtype == torch.float32 and parameter.device == x.device and parameter.dim() == 1
 
 
 def _is_hooked(layer: nn.Module) -> bool:
