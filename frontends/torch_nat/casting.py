@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torch_nat.ops import LIBRARY
 from torch_nat.recomputation import is_exporting
-from torch_nat.token_sums import TABLES, tables_of
+from torch_nat.token_sums import tables_of
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -126,15 +126,13 @@ def _castable(layer: nn.Linear, x: Tensor) -> list[tuple[nn.Module, str, Tensor]
 
 @contextmanager
 def _replaced(values: dict[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
-    """Other tensors in the place of parameters, while a compiler reads the forward pass."""
-    before = [(layer, key, layer._parameters.get(key)) for layer, key in values]
+    """Other tensors in the place of parameters, while a compiler reads the forward pass. Names stay as they are: so in
+    the end nothing has changed, and nothing has to be set when the compiled code runs."""
+    before = [(layer, key, layer._parameters[key]) for layer, key in values]
     for (layer, key), value in values.items():
         layer._parameters[key] = value  # type: ignore[assignment]
     try:
         yield
     finally:
         for layer, key, value in before:
-            if key in TABLES:
-                del layer._parameters[key]
-            else:
-                layer._parameters[key] = value  # type: ignore[assignment]
+            layer._parameters[key] = value  # type: ignore[assignment]

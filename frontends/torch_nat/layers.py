@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from natcore.problem import Window
 from torch_nat.functional import PerAxis, PerAxisFlag, na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked
-from torch_nat.token_sums import apply_linear
+from torch_nat.token_sums import apply_linear, with_tables
 
 _PACKED: dict[int, Callable[..., Any]] = {1: na1d_qkvpacked, 2: na2d_qkvpacked, 3: na3d_qkvpacked}
 
@@ -63,9 +63,9 @@ class _NeighborhoodAttention(nn.Module):
         if not 0 <= attn_drop < 1:
             raise ValueError(f"attn_drop {attn_drop} must be in [0, 1).")
         self.scale, self.attn_drop = qk_scale, attn_drop
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.qkv = with_tables(nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias))
         self.rpb = nn.Parameter(torch.empty(num_heads, *self.window.rpb_shape)) if rel_pos_bias else None
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.proj = with_tables(nn.Linear(embed_dim, embed_dim))
         self.proj_drop = nn.Dropout(proj_drop)
         if self.rpb is not None:
             nn.init.trunc_normal_(self.rpb, std=0.02)

@@ -18,7 +18,7 @@ from natcore.models import NATConfig, model_config
 from torch_nat.casting import autocast_dtype, with_cast_weights
 from torch_nat.layers import DropPath, NeighborhoodAttention2D, drop_path_factors
 from torch_nat.recomputation import recomputed, recomputing
-from torch_nat.token_sums import apply_linear, apply_norm
+from torch_nat.token_sums import apply_linear, apply_norm, with_tables
 
 
 class ConvTokenizer(nn.Module):
@@ -102,9 +102,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = with_tables(nn.Linear(dim, hidden))
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = with_tables(nn.Linear(hidden, dim))
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class NATBlock(nn.Module):
         super().__init__()
         dim = config.width(stage)
         self.config = config
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = with_tables(nn.LayerNorm(dim))
         self.attn = NeighborhoodAttention2D(
             dim,
             config.num_heads[stage],
@@ -131,7 +131,7 @@ class NATBlock(nn.Module):
             qkv_bias=config.qkv_bias,
             proj_drop=config.drop_rate,
         )
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = with_tables(nn.LayerNorm(dim))
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.drop_rate)
         self.drop_path = DropPath(config.drop_path(stage, block))
         if config.layer_scale is None:

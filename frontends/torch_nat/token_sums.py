@@ -9,7 +9,7 @@ first step makes, and the sums of all tables' columns are taken together.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from torch_nat.ops import LIBRARY
 _C = torch._C
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-#: Names beside a layer's parameters.
-TABLES = ("weight_table", "bias_table")
+#: Names beside a layer's parameters, where a table is while a compiler reads the forward pass, and None otherwise.
+TABLES = {"weight": "weight_table", "bias": "bias_table"}
 
 #: Tokens that the first step adds, at most, unless a row has more: few, so that many threads share the work.
 _GROUP = 256
@@ -38,20 +38,30 @@ for _schema in (
     LIBRARY.define(_schema, tags=_TAGS)
 
 
+_Layer = TypeVar("_Layer", nn.Linear, nn.LayerNorm)
+
+
+def with_tables(layer: _Layer) -> _Layer:
+    """The layer, which may get tables. It has to be called by `apply_linear` or `apply_norm`."""
+    for key in ("bias",) if isinstance(layer, nn.Linear) else TABLES:
+        layer.register_parameter(TABLES[key], None)
+    return layer
+
+
 def tables_of(module: nn.Module, x: Tensor) -> dict[tuple[nn.Module, str], Tensor]:
     """Tables for the biases of linear layers and for norms, by layer and name, where module gets the map x."""
     wanted = [
         (layer, key)
         for layer in module.modules()
         if type(layer) in (nn.Linear, nn.LayerNorm) and not _is_hooked(layer)
-        for key in (("bias",) if type(layer) is nn.Linear else ("weight", "bias"))
-        if _is_trained(layer._parameters.get(key), x)
+        for key, name in TABLES.items()
+        if name in layer._parameters and _is_trained(layer._parameters.get(key), x)
     ]
     if not wanted or x.dim() != 4:
         return {}
     groups = x.shape[0] * _groups(*x.shape[1:3])
     tables = torch.ops.natcore.tables([layer._parameters[key] for layer, key in wanted], groups)
-    return {(layer, f"{key}_table"): table for (layer, key), table in zip(wanted, tables, strict=True)}
+    return {(layer, TABLES[key]): table for (layer, key), table in zip(wanted, tables, strict=True)}
 
 
 def _groups(height: int, width: int) -> int:
@@ -79,7 +89,7 @@ def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def apply_norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
     """layer(x), with tables for the gradients of weight and bias if there are such, and x is in float32."""
-    names = TABLES if torch.compiler.is_dynamo_compiling() else ()
+    names = TABLES.values() if torch.compiler.is_dynamo_compiling() else ()
     tables = [table for table in map(layer._parameters.get, names) if table is not None]
     if len(tables) < 2 or not _fits(tables[0], x) or x.dtype != torch.float32:
         return layer(x)
