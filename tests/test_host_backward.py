@@ -23,13 +23,20 @@ pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compi
 BLOCK = Case("nat_block", (12, 17), 7, batch=2, head_dim=32, head_dim_v=32, **FEW)
 OWN = [
     BLOCK,
+    Case("half_tiles", (9, 28), 7, rpb="float32", head_dim=32, head_dim_v=16),  # three and a half of 8 columns
     Case("strips", (9, 38), 7, head_dim=16, head_dim_v=32, rpb="same"),
     Case("no_bias", (11, 19), (5, 3), head_dim=24, head_dim_v=8),
 ]
 NAMES = ["ragged_dilation", "even_kernel", "causal_rows_strides", "kernel_is_extent", "outliers", "scale_negative"]
 BY_NAME = {case.name: case for case in [*CASES, *OWN]}
 # Options that cut a map otherwise than the planner would.
-OTHERS = [("strips", "two tiles"), ("no_bias", "tall blocks"), ("causal_columns", "eight rows a band")]
+OTHERS = [
+    ("half_tiles", "four tiles"),
+    ("half_tiles", "two tiles of two"),
+    ("strips", "two tiles"),
+    ("no_bias", "tall blocks"),
+    ("causal_columns", "eight rows a band"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -215,7 +222,7 @@ def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
         judge(case, "float16", folder, options, order=order, sources=sources)
 
 
-def doctored(of: int, **defines: int) -> Callable[[Plan], Plan]:
+def doctored(of: int, **defines: int | str) -> Callable[[Plan], Plan]:
     """Launch ``of`` of a plan with other defines."""
 
     def change(plan: Plan) -> Plan:
@@ -231,14 +238,19 @@ def doctored(of: int, **defines: int) -> Callable[[Plan], Plan]:
 
 @pytest.mark.parametrize(
     ("of", "name", "less", "error"),
-    [(0, "RING", 2, "deadlock"), (1, "RING", 2, "deadlock"), (1, "EDGE_BLOCKS", 1, "dk: error|dv: error")],
+    [
+        (0, "RING", 2, "deadlock"),
+        (1, "RING", 2, "deadlock"),
+        (0, "START_BLOCKS", 1, "dq: error"),
+        (1, "START_BLOCKS", 1, "dk: error|dv: error"),
+    ],
 )
 def test_short_plans_are_noticed(of: int, name: str, less: int, error: str, folder: Path) -> None:
     """Rings shorter than what a band sees, and too few blocks near borders."""
 
     def change(plan: Plan) -> Plan:
-        defines = dict(plan.launches[of].kernel.defines)
-        return doctored(of, **{name: int(defines[name]) - less})(plan)
+        *others, last = dict(plan.launches[of].kernel.defines)[name].split(",")
+        return doctored(of, **{name: ",".join([*others, str(int(last) - less)])})(plan)
 
     options = {"ring": 5} if name == "RING" else None
     with pytest.raises((host.BlockError, AssertionError), match=error):

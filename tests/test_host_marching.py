@@ -27,6 +27,7 @@ OWN = [
     Case("ragged_dilation", (23, 27), (3, 4), dilation=(2, 3), rpb="float32"),
     Case("causal_columns", (12, 26), (5, 7), is_causal=(False, True), head_dim_v=24, **FEW),
     Case("grouped", (18, 33), 7, heads=4, heads_kv=2, head_dim=16, head_dim_v=16),
+    Case("half_tiles", (8, 28), 7, head_dim=32, head_dim_v=32, **FEW),  # three and a half of 8 columns
 ]
 NAMES = ["nat_packed", "even_kernel", "axial", "stride", "gqa", "scale_zero", "scale_tiny", "outliers", "kernel_13"]
 NAMES += ["head_dim_80_v_48", "causal_strides", "one_row"]
@@ -36,6 +37,8 @@ OTHERS = [
     ("nat_block", "a tile a block"),
     ("nat_block", "one producer"),
     ("nat_block", "long ring"),
+    ("half_tiles", "two rows a band"),
+    ("half_tiles", "two tiles of two"),
     ("causal_columns", "single groups"),
     ("grouped", "tall blocks"),
     ("ragged_dilation", "two rows a band"),

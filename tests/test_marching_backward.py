@@ -33,6 +33,8 @@ OWN = [
     Case("many_strips", (9, 200), 7, **WIDE),
     Case("last_strip_moves_back", (12, 54), 7, **WIDE),
     Case("ragged_groups", (23, 75), (5, 7), dilation=(2, 4), heads=2, heads_kv=2, **WIDE),
+    Case("half_tiles", (12, 28), 7, heads=2, heads_kv=2, **WIDE),
+    Case("half_tiles_moved_back", (9, 60), 7, rpb="float32", **PLAIN),
     Case("kernel_is_extent", (9, 11), (9, 11), **WIDE),
     Case("kernel_is_columns", (14, 8), (5, 8), rpb="same", **PLAIN),
     Case("even_kernel", (13, 30), (6, 4), heads=2, heads_kv=2, rpb="same", head_dim=24, head_dim_v=40),
@@ -65,6 +67,8 @@ _DISTINCT = {case.name: case for case in [*ABLE, *MORE, *test_marching_forward.O
 CASES = [case for case in _DISTINCT.values() if able(case)]
 OPTIONS = {
     "a tile a block": {"heads": 1, "tiles": 1},
+    "two tiles of two": {"heads": 1, "tiles": 2, "groups": 2, "band": 2},
+    "four tiles": {"heads": 1, "tiles": 4, "groups": 2, "band": 2},
     "two tiles": {"heads": 1, "tiles": 2, "groups": 1},
     "five tiles": {"heads": 1, "tiles": 5, "producers": 2},
     "six tiles": {"heads": 1, "tiles": 6, "producers": 1, "own_ring": 2},
@@ -110,12 +114,14 @@ class Tile:
 
     x: int
     owned: int
+    end: int
     start: int
-    clamped: bool
-    block: int  # the first column of the first group's first block
+    kind: int
+    block: int  # the first column of its blocks
 
-    def stored(self, width: int, length: int) -> range:
-        return range(max(self.x, self.owned), min(self.x + width, length))
+    @property
+    def stored(self) -> range:
+        return range(max(self.x, self.owned), self.end)
 
 
 def tiles_of(g: Geometry, length: int) -> Iterator[Tile]:
@@ -138,50 +144,50 @@ def tiles_of(g: Geometry, length: int) -> Iterator[Tile]:
                 begin = x - reach.left
                 clamped = axis.stride > 1 or x < margin or x + width > length - margin
                 clamped = clamped or begin < 0 or begin + regular > length
-                if clamped:
-                    begin = intervals(axis, length)[1][x][0]
-                    begin = begin if g.padded else min(begin, reach.columns - reach.edge_blocks * g.block_columns)
             else:
                 clamped = axis.stride > 1 or x < left or x + width - 1 - left + axis.kernel > length
-                begin = x - reach.left
-                if g.groups == 1:
-                    begin = max(min(begin, length - reach.blocks * g.block_columns), 0)
-            yield Tile(x, first, start, clamped, begin)
+            end, others = x + width, max(first - x, 0) // g.group_columns
+            kind = 0 if not clamped else 1 if not any(reach.kinds[2][-1]) or 2 * x + width <= length else 2
+            if any(reach.kinds[3][0]) and others == g.groups - 1:
+                kind, x = 3, x + others * g.group_columns
+            begin = x - reach.left
+            if g.own_keys and kind:
+                begin = intervals(axis, length)[1][x][0]
+                most = max(end for _, end in reach.kinds[kind]) * g.block_columns
+                begin = begin if g.padded else min(begin, reach.columns - most)
+            elif not g.own_keys and g.groups == 1:
+                begin = max(min(begin, length - reach.blocks * g.block_columns), 0)
+            yield Tile(x, first, end, start, kind, begin)
 
 
 def check_columns(g: Geometry) -> None:
     """Every column is stored once, by a tile whose blocks hold all that it sees, in shared memory and in the table."""
     axis, reach, group, width = g.axes[1], g.reach, g.group_columns, g.groups * g.group_columns
+    whole = reach.blocks * g.block_columns  # registers and the mask hold so many columns of a group
     plain = 0 if axis.causal else axis.kernel - 1 - axis.kernel // 2 if g.own_keys else axis.kernel // 2
     if axis.causal and not g.own_keys:
         plain = axis.kernel - 1
     for length in axis.lengths:
         seen, stored = intervals(axis, length)[g.own_keys], Counter()
         for tile in tiles_of(g, length):
-            stored.update(tile.stored(width, length))
-            assert tile.x >= 0 and tile.x + width <= length
-            for n in range(g.groups):
+            stored.update(tile.stored)
+            assert tile.x >= 0 and tile.end <= length
+            for n in range(g.groups if tile.kind < 3 else 1):
                 x = tile.x + n * group
-                whole = g.own_keys and tile.clamped  # such tiles have the same blocks for all groups
-                first = tile.block + (0 if whole else n * group)
-                end = first + (reach.edge_blocks if whole else reach.blocks) * g.block_columns
+                first, end = (tile.block + i * g.block_columns for i in reach.kinds[tile.kind][n])
+                assert g.own_keys or tile.block + n * group <= first < end <= tile.block + n * group + whole
                 assert first <= seen[x][0] and seen[x + group - 1][1] <= end, (g, length, tile, n)
-                check_places(g, length, tile, first, end)
+                origin = tile.start - reach.pad if g.padded else 0
+                assert -reach.margin <= first - origin and end - origin <= reach.columns + reach.margin, (
+                    g,
+                    length,
+                    tile,
+                )
                 assert reach.least <= first - (x + group - 1) and end - 1 - x <= reach.greatest, (g, length, tile)
-            if not tile.clamped:
+            if not tile.kind:
                 for x in range(tile.x, tile.x + width):
                     assert seen[x] == (x - plain, x - plain + axis.kernel), (g, length, tile)
         assert stored == Counter(range(length)), (g, length)
-
-
-def check_places(g: Geometry, length: int, tile: Tile, first: int, end: int) -> None:
-    """The columns of blocks lie in shared memory: of padded strips and of keys in the ring's rows, of others around
-    them, too."""
-    reach, group = g.reach, g.group_columns
-    right = reach.blocks * g.block_columns - (reach.columns if g.groups == 1 else group + reach.left)
-    margin = 0 if g.own_keys or g.padded else max(0, right, reach.left if g.groups > 1 else 0)
-    origin = tile.start - reach.pad if g.padded else 0
-    assert -margin <= first - origin and end - origin <= reach.columns + margin, (g, length, tile)
 
 
 def check_rows(g: Geometry) -> None:

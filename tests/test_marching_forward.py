@@ -15,7 +15,8 @@ from natcore.planning.marching_cost import choose_geometry
 from natcore.planning.marching_geometry import Geometry
 from natcore.planning.plan import Launch
 from tests.cases import Case, check, inputs
-from tests.test_fast_forward import ABLE, DTYPES, FACTS, LARGE, MORE, call_for, fitting, run
+from tests.test_fast_backward import DTYPES
+from tests.test_fast_forward import ABLE, FACTS, LARGE, MORE, call_for, fitting, run
 
 WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
 OWN = [
@@ -41,6 +42,7 @@ def able(case: Case) -> bool:
 CASES = [case for case in ABLE + MORE + OWN if able(case)]
 OPTIONS = {
     "a tile a block": {"heads": 1, "tiles": 1},
+    "two tiles of two": {"heads": 1, "tiles": 2, "groups": 2, "band": 2},
     "single groups": {"heads": 1, "tiles": 2, "groups": 1},
     "one producer": {"heads": 1, "tiles": 3, "groups": 1, "producers": 1, "own_ring": 3},
     "long ring": {"heads": 1, "tiles": 1, "ring": 9},

@@ -34,12 +34,12 @@ class Rates(NamedTuple):
     line: float
 
 
-#: Fitted to 261, 56 and 112 measured times, with errors of 11 %, 4 % and 7 %; then `start` of the backward to batch 1,
+#: Fitted to 261, 56 and 24 measured times, with errors of 11 %, 4 % and 4 %; then `start` of the backward to batch 1,
 #: and of the forward `line` and `column` such that the fewest choices of benchmarks/plans.py are more than 10 % off.
 RATES: dict[Pass, Rates] = {
     "forward": Rates(90.0, 12.9, 4.3, 11.0, 0.03, 0.2, 12000.0, 0.0, 0.1),
     "queries": Rates(64.7, 11.8, 17.3, 22.6, 0.004, 0.25, 12000.0, 0.014, 0.0),
-    "keys": Rates(170.5, 19.4, 2.95, 25.8, 0.012, 0.19, 12000.0, 0.013, 0.0),
+    "keys": Rates(139.7, 14.1, 5.5, 24.0, 0.011, 0.058, 11900.0, 0.0265, 0.0),
 }
 MASKED = 1.1  # a tile's cost where all windows count as clamped
 TALL = 1.2  # of the backward, with blocks of 16 rows
@@ -47,6 +47,8 @@ MOST_TILES, MOST_STAGES = 15, 8  # of a block; of a ring
 MORE_REGISTERS = {90: 1.0, 100: 1.65}, 1.35  # what compilers take, of those counted, without spills; elsewhere
 REGISTERS = ((20, 96), (16, 128), (12, 168), (8, 255))  # of a thread, where a multiprocessor has so many warps
 SQUEEZED = 1.28, 1.05  # the forward does with 96 where so many more are counted; and what that costs
+CROWDED = 1.05  # of keys, where more than 12 warps leave 128 of them
+SCATTERED, NARROW_MAP = 1.165, 32  # of keys, one head of several on maps of so few columns
 RESERVED = 1024  # bytes of shared memory that the driver takes from every block
 
 
@@ -146,7 +148,7 @@ def cost(g: Geometry, facts: DeviceFacts) -> float:
     if g.items % slices or bands % g.bands:
         bands += 1
     width = (g.problem.head_dim + g.problem.head_dim_v) / 64
-    tile = rates.tile + rates.unit * g.groups * g.reach.blocks * g.row_blocks * width
+    tile = rates.tile + rates.unit * g.reach.units * g.row_blocks * width
     tile *= MASKED if g.axes[1].stride > 1 else 1
     tile *= TALL if g.of != "forward" and g.block_rows == 16 else 1
     tile += rates.line * g.lines / g.consumers
@@ -154,6 +156,9 @@ def cost(g: Geometry, facts: DeviceFacts) -> float:
     rows = g.band * g.reach.columns * g.heads * width
     step = max(g.consumers * tile * (1 + rates.few / warps), rows * rates.column) * g.blocks_per_sm
     step *= SQUEEZED[1] if warps + producers > REGISTERS[1][0] else 1
+    if g.own_keys:
+        step *= CROWDED if warps + producers > REGISTERS[2][0] else 1
+        step *= SCATTERED if g.heads == 1 and g.problem.heads > 2 and g.width <= NARROW_MAP else 1
     waits = (1 + rates.spare / (g.ring - g.rows[1] + g.own_keys)) * (1 + rates.alone / producers**2)
     waits *= 1 + rates.coupled * g.consumers
     return rates.start + bands * step * waits

@@ -181,14 +181,11 @@ class Geometry:
     def shared_bytes(self) -> int:
         """SHARED_BYTES of common/strips.cuh."""
         p, reach, steps = self.problem, self.reach, self.steps
-        single = self.groups == 1
-        right = reach.blocks * self.block_columns - (reach.columns if single else self.group_columns + reach.left)
-        margin = 0 if self.padded or self.own_keys else max(right, 0 if single else reach.left)
         total = 0
         for token in (self.heads * s * 32 for s in steps):
             permuted = self.block_columns * token % 128 == 0
             pitch = up(reach.columns * token, 128) if permuted else _odd(reach.columns * token)
-            total += up(self.ring * self.band * pitch, 128) + 2 * up(margin * token, 128)
+            total += up(self.ring * self.band * pitch, 128) + 2 * up(reach.margin * token, 128)
         own = {"forward": steps[:1], "queries": (*steps, steps[1]), "keys": steps}[self.of]
         for s in own:
             total += self.own_ring * self.band * up(self.strip * self.heads * s * 32, 128)
@@ -198,7 +195,7 @@ class Geometry:
         total += self.consumers * staged * 8 * 16 * (chunks if chunks & (chunks - 1) == 0 else chunks | 1)
         total += self.heads * 2 * self.table * 4
         if self.own_keys:
-            total += self.ring * self.band * self.heads * reach.columns * 8
+            total += self.ring * self.band * 4 * ((2 * self.heads * reach.columns + 3) // 8 * 8 + 4)
         if self.of == "queries":
             total += 2 * self.own_ring * self.band * self.heads * self.strip * 4
         if self.of == "queries" and p.rpb_dtype is not None:
@@ -233,7 +230,9 @@ class Geometry:
         defines |= {"PASS": PASSES.index(self.of), "ELEMENT": p.dtype, "HEAD_DIM": p.head_dim}
         defines |= {"HEAD_DIM_V": p.head_dim_v, "BAND": self.band, "BLOCK_ROWS": self.block_rows}
         defines |= {"GROUPS": self.groups, "TILES": self.tiles, "HEADS": self.heads}
-        defines |= {"BLOCKS": reach.blocks, "EDGE_BLOCKS": reach.edge_blocks, "LEFT": reach.left, "PAD": reach.pad}
+        defines |= {"BLOCKS": reach.blocks, "LEFT": reach.left, "PAD": reach.pad, "MARGIN": reach.margin}
+        for name, ranges in zip(("INNER", "START", "END", "NARROW"), reach.kinds, strict=True):
+            defines[f"{name}_BLOCKS"] = ",".join(f"{first},{end}" for first, end in ranges)
         defines |= {"LEAST_DIFFERENCE": f"({reach.least})", "GREATEST_DIFFERENCE": f"({reach.greatest})"}
         defines |= {"COLUMNS": reach.columns, "PADDED": int(self.padded), "SHIFT": self.shift, "RING": self.ring}
         defines |= {"OWN_RING": self.own_ring, "PRODUCERS": self.producers, "BLOCKS_PER_SM": self.blocks_per_sm}

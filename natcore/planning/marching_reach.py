@@ -5,12 +5,14 @@ Own tokens are queries and see keys or, in the backward of keys, the other way r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from natcore.planning.axis import Axis, intervals
+from natcore.planning.axis import Axis
+from natcore.planning.marching_tiles import Cut, Place, Ranges, blocks_of, numbers_of, seen_by
 
 
 @lru_cache(maxsize=4096)
@@ -19,47 +21,51 @@ def rows_of(axis: Axis, band: int, shift: int, own_keys: bool) -> tuple[int, int
     rows = stages = 0
     for length in axis.lengths:
         for number in axis.sample(length, band):
-            start = _seen(axis, number * band, length, own_keys)[0]
-            end = _seen(axis, min(number * band + band, length) - 1, length, own_keys)[1]
+            start = seen_by(axis, number * band, length, own_keys)[0]
+            end = seen_by(axis, min(number * band + band, length) - 1, length, own_keys)[1]
             rows = max(rows, end - start)
             stages = max(stages, (end - 1 + shift) // band - (start + shift) // band + 1)
     return rows, stages
-
-
-def _seen(axis: Axis, x: int, length: int, own_keys: bool) -> tuple[int, int]:
-    return intervals(axis, length)[1][x] if own_keys else axis.keys(x, length)
 
 
 @dataclass(frozen=True)
 class Reach:
     """Blocks of columns around groups of own tokens, and what they need of shared memory and of the bias table."""
 
-    left: int  # columns left of a group that its first block starts at
-    blocks: int  # of a group
-    edge_blocks: int  # of a tile of keys near a border, for all of its groups
+    left: int  # columns left of a group that its first block starts at, away from borders
+    blocks: int  # of such a group
+    kinds: tuple[Ranges, ...]  # which blocks the groups of each kind of tile take
+    units: float  # pairs of a group and a block in a tile, on average
     pad: int  # columns of shared memory left of a strip of several
     columns: int  # of shared memory
+    margin: int  # columns by which blocks leave these, at most, on either side
     least: int  # the least and the greatest difference of columns, seen - own, that a block holds
     greatest: int
 
-
-def _tiles(axis: Axis, length: int, tile: int, tiles: int) -> list[int]:
-    """Tile numbers among which every pattern of windows occurs: `Axis.sample`'s and, because the last strip is moved
-    back inside the map, all of the last two strips."""
-    count = ceil(length / (tiles * tile)) * tiles
-    return sorted({*axis.sample(count * tile, tile), *range(max(count - 2 * tiles, 0), count)})
+    @property
+    def edge_blocks(self) -> int:
+        """The most of a tile near a border."""
+        return max(blocks_of(ranges) for ranges in self.kinds[1:])
 
 
 @lru_cache(maxsize=4096)
 def reach_of_queries(axis: Axis, group: int, block: int, groups: int, tiles: int) -> Reach:
     left, blocks = columns_of(axis, group, block, groups, tiles)
-    strip, width = group * groups * tiles, axis.lengths[0]
-    columns = width
-    if width > strip:
-        last = strip - group  # the last group's first column, from the strip's
-        columns = (max(last, left) if groups == 1 else last) + blocks * block
+    cut = Cut(axis, group, block, groups, tiles, False, left, blocks)
+    columns, single = axis.lengths[0], groups == 1
+    if cut.padded:
+        last = cut.strip - group  # the last group's first column, from the strip's
+        columns = (max(last, left) if single else last) + blocks * block
+    inside = blocks * block  # tiles of one group keep their blocks inside the map
+    firsts = {p: max(min(p.x - left, p.length - inside), 0) if single else p.x - left for p in cut.places()}
+    kinds, margin = cut.kinds(firsts), 0
+    if not cut.padded:
+        for place, first in firsts.items():
+            taken = [first + at * block for ends in kinds[cut.kind(place)][: place.groups] for at in ends]
+            margin = max(margin, -min(taken), max(taken) - columns)
     least = 1 - group - (left if groups > 1 else blocks * block - 1)
-    return Reach(left, blocks, 0, left, columns, least, blocks * block - 1 - (left if groups > 1 else 0))
+    greatest = blocks * block - 1 - (left if groups > 1 else 0)
+    return Reach(left, blocks, kinds, cut.units(kinds), left, columns, margin, least, greatest)
 
 
 @lru_cache(maxsize=4096)
@@ -67,29 +73,41 @@ def reach_of_keys(axis: Axis, group: int, block: int, groups: int, tiles: int) -
     """Away from borders the queries around a group of keys lie as the keys around a group of queries do, mirrored."""
     left = 0 if axis.causal else axis.kernel - 1 - axis.kernel // 2
     blocks = ceil((group + axis.kernel - 1) / block)
-    tile, strip, width = group * groups, group * groups * tiles, axis.lengths[0]
-    regular = ((groups - 1) * group // block + blocks) * block
-    margin = 0 if axis.causal else axis.kernel
-    found = []  # of clamped tiles: first column, the strip's, and the columns that see its keys
-    pad, right = left, (tiles - 1) * tile - left + regular
-    for length in axis.lengths:
-        seen = intervals(axis, length)[1]
-        for number in _tiles(axis, length, tile, tiles):
-            start = min(number // tiles * strip, max(length - strip, 0))
-            x = start + min(number % tiles * tile, max(min(strip, length) - tile, 0))
-            first = x - left
-            if axis.stride > 1 or x < max(margin, left) or x + tile > length - margin or first + regular > length:
-                found.append((x, start, seen[x][0], seen[min(x + tile, length) - 1][1]))
-    edge = max((ceil((end - first) / block) for _, _, first, end in found), default=0)
-    least, greatest = 1 - group - left, blocks * block - 1 - left
-    padded, columns = width > strip, max(width, edge * block)
-    for x, start, first, _ in found:
-        first = first if padded else min(first, columns - edge * block)
-        pad, right = max(pad, start - first), max(right, first + edge * block - start)
-        if axis.stride > 1:  # such a tile may stand anywhere in a strip
-            pad, right = max(pad, x - first), max(right, (tiles - 1) * tile + first - x + edge * block)
-        least, greatest = min(least, first - x - tile + 1), max(greatest, first + edge * block - 1 - x)
-    return Reach(left, blocks, edge, pad, pad + right if padded else columns, least, greatest)
+    cut = Cut(axis, group, block, groups, tiles, True, left, blocks)
+    kind_of = {place: cut.kind(place) for place in cut.places()}
+    edge = Counter()  # blocks of the kinds of tiles near borders
+    for place, kind in kind_of.items():
+        reach = cut.seen(place, place.groups - 1)[1] - cut.seen(place, 0)[0]
+        edge[kind] = max(edge[kind], ceil(reach / block) if kind else 0)
+    columns = max(axis.lengths[0], max(edge.values(), default=0) * block)
+    pad, right = left, (tiles - 1) * cut.tile - left + blocks_of(cut.inner) * block
+    firsts: dict[Place, int] = {}
+    for place, kind in kind_of.items():
+        firsts[place] = first = place.x - left if not kind else cut.seen(place, 0)[0]
+        if kind and not cut.padded:
+            firsts[place] = first = min(first, columns - edge[kind] * block)
+        if kind:
+            pad, right = max(pad, place.start - first), max(right, first + edge[kind] * block - place.start)
+        if kind and axis.stride > 1:  # such a tile may stand anywhere in a strip
+            pad = max(pad, place.x - first)
+            right = max(right, (tiles - 1) * cut.tile + first - place.x + edge[kind] * block)
+    kinds = cut.kinds(firsts)
+    least, greatest = _differences(cut, kinds, firsts)
+    columns = pad + right if cut.padded else columns
+    return Reach(left, blocks, kinds, cut.units(kinds), pad, columns, 0, least, greatest)
+
+
+def _differences(cut: Cut, kinds: tuple[Ranges, ...], firsts: dict[Place, int]) -> tuple[int, int]:
+    """The least and the greatest difference of columns, seen - own, that a group and a block that it takes hold."""
+    found = [
+        (
+            first + begin * cut.block - (place.x + (g + 1) * cut.group - 1),
+            first + end * cut.block - 1 - (place.x + g * cut.group),
+        )
+        for place, first in firsts.items()
+        for g, (begin, end) in enumerate(kinds[cut.kind(place)][: place.groups])
+    ]
+    return min(least for least, _ in found), max(greatest for _, greatest in found)
 
 
 @lru_cache(maxsize=4096)
@@ -118,7 +136,7 @@ def _groups(axis: Axis, group: int, groups: int, tiles: int) -> Iterator[tuple[i
     tile = group * groups
     strip = tile * tiles
     for length in axis.lengths:
-        for number in _tiles(axis, length, tile, tiles):
+        for number in numbers_of(axis, length, tile, tiles):
             if length <= strip:
                 first = min(number * tile, max(length - tile, 0))
             else:

@@ -57,7 +57,7 @@ __device__ __forceinline__ unsigned lacking(int x, int block, int length, int la
 // Those of all groups of a tile, two bits each; of tiles away from borders, none.
 __device__ __forceinline__ unsigned lacking(const Tile& tile, int length, int lane) {
   unsigned bits = 0;
-  if (tile.clamped) {
+  if (tile.kind != INNER) {
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) bits |= lacking(tile.group(g), tile.block(g, length), length, lane) << 2 * g;
   }
@@ -72,7 +72,7 @@ __device__ __forceinline__ void as_masks(unsigned (&b)[GROUPS][2], unsigned bits
 
 // Where this lane's pairs find their bias, kept from one inner band of a run to the next.
 struct BiasRows {
-  const float* at[2][2];  // of own token e of the lane's two and half h of a block: that of the first block's first column
+  const float* at[2][2];  // of own token e of the lane's two and half h of a block, in the first block's first column
   bool inner = false;
 
   // Makes them those of a band and seen tokens of `rows`; `table` is that of the tile.

@@ -45,34 +45,36 @@ struct RowCopy {
   }
 };
 
+// Where consumers and producers wait for each other before the first copy.
+__device__ __forceinline__ void all_are_prepared() { named_barrier_sync(2, THREADS); }
+
 // What the copies never write and products read: halves of 16-element steps, and what lies beside rows that are the
-// map's. All threads of the block.
+// map's. All consumers of the block.
 template <int D>
 __device__ __forceinline__ void clear_rest(unsigned char* shared, int bytes) {
   if (D % 16 != 0) {
-    for (int i = threadIdx.x; i < bytes / 16; i += THREADS) reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
+    for (int i = threadIdx.x; i < bytes / 16; i += 32 * CONSUMERS)
+      reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
   }
 }
 template <typename Rows>
 __device__ __forceinline__ void clear_margins(unsigned char* shared) {  // around the end of each row
   constexpr int BEFORE = Rows::BYTES < margin_of(Rows::TOKEN) ? Rows::BYTES : margin_of(Rows::TOKEN);
   constexpr int CHUNKS = (BEFORE + Rows::PITCH - Rows::BYTES + margin_of(Rows::TOKEN)) / 16;
-  for (int i = threadIdx.x; i < (SEEN_ROWS + 1) * CHUNKS; i += THREADS) {
+  for (int i = threadIdx.x; i < (SEEN_ROWS + 1) * CHUNKS; i += 32 * CONSUMERS) {
     const int byte = (i / CHUNKS - 1) * Rows::PITCH + (Rows::BYTES - BEFORE) / 16 * 16 + i % CHUNKS * 16;
     if (-margin_of(Rows::TOKEN) <= byte && byte < SEEN_ROWS * Rows::PITCH + margin_of(Rows::TOKEN))
       *reinterpret_cast<uint4*>(shared + byte) = uint4{0, 0, 0, 0};
   }
 }
 
-// Barriers, and whatever no copy ever writes. All threads of the block.
+// What the consumers do before anything is copied: barriers, and whatever no copy ever writes. Meanwhile the producers
+// find out what to copy.
 __device__ __forceinline__ void prepare_shared(unsigned char* shared, const Barriers& barriers) {
-  const int i = threadIdx.x;
-  if (i < RING) {
-    mbarrier_init(barriers.full(i), 32 * PRODUCERS);
-    mbarrier_init(barriers.empty(i), CONSUMERS);
-  } else if (i < RING + OWN_RING) {
-    mbarrier_init(barriers.own_full(i - RING), 32 * PRODUCERS);
-    mbarrier_init(barriers.own_empty(i - RING), CONSUMERS);
+  for (int i = threadIdx.x; i < RING + OWN_RING; i += 32 * CONSUMERS) {
+    const bool seen = i < RING;
+    mbarrier_init(seen ? barriers.full(i) : barriers.own_full(i - RING), 32 * PRODUCERS);
+    mbarrier_init(seen ? barriers.empty(i) : barriers.own_empty(i - RING), CONSUMERS);
   }
   clear_rest<HEAD_DIM>(shared, SEEN_D_END);
   clear_rest<HEAD_DIM_V>(shared + SEEN_D_END, OWN_D_AT - SEEN_D_END);
@@ -83,6 +85,7 @@ __device__ __forceinline__ void prepare_shared(unsigned char* shared, const Barr
     clear_margins<SeenD>(shared + SEEN_D_AT);
     clear_margins<SeenV>(shared + SEEN_V_AT);
   }
+  all_are_prepared();
 }
 
 // A tensor with a vector for every token. `ratio`: heads of the block's kind that share one of its heads.
@@ -146,6 +149,7 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
   const RowCopy<HEAD_DIM_V, OwnV> copy_own_o(from.own_o.layout, first_head, from.own_o.ratio, lane);
   Turn<RING> stage;
   Turn<OWN_RING> band_turn;
+  all_are_prepared();
 #pragma unroll 1
   for (int item = begin; item < end;) {
     const Run run(sizes, item, end);

@@ -5,38 +5,47 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 
-// A warp's tile within a run: its first column, the first that it stores, and whether windows are clamped near it.
+// A warp's tile within a run: its first column, the first that it stores, the one after the last, and its kind.
 struct Tile {
-  int x, owned;
-  bool exists, clamped;
+  int x, owned, end, kind;
+  bool exists;
   __device__ __forceinline__ Tile(const Run& run, int number) {
     const int length = run.length[1];
     x = run.start + smaller(number * TILE, larger(smaller(STRIP, length) - TILE, 0));
     owned = PADDED ? run.owned : number * TILE;
     exists = owned < length && x + TILE > owned;
-    const int left = CAUSAL_1 ? KERNEL_1 - 1 : KERNEL_1 / 2;
-    if (OWN_KEYS) {
-      // Keys less than a window away from a border are seen by clamped windows too.
-      const int margin = CAUSAL_1 ? 0 : KERNEL_1, first = x - LEFT;
-      clamped = STRIDE_1 > 1 || x < margin || x + TILE > length - margin || first < 0 ||
-                first + TILE_BLOCKS * BLOCK_COLUMNS > length;
+    end = smaller(x + TILE, length);
+    const int others = larger(owned - x, 0) / GROUP_COLUMNS;  // groups of another tile
+    if (occurs(NARROW) && others == GROUPS - 1) {
+      kind = NARROW, x += others * GROUP_COLUMNS;
     } else {
-      clamped = STRIDE_1 > 1 || x < left || x + TILE - 1 - left + KERNEL_1 > length;
+      kind = !is_clamped(length) ? INNER : !occurs(AT_END) || x + x + TILE <= length ? AT_START : AT_END;
     }
   }
+  // Whether windows near it are.
+  __device__ __forceinline__ bool is_clamped(int length) const {
+    if (STRIDE_1 > 1) return true;
+    const int left = CAUSAL_1 ? KERNEL_1 - 1 : KERNEL_1 / 2;
+    if (!OWN_KEYS) return x < left || x + TILE - 1 - left + KERNEL_1 > length;
+    // Keys less than a window away from a border are seen by clamped windows too.
+    const int margin = CAUSAL_1 ? 0 : KERNEL_1, first = x - LEFT;
+    return x < margin || x + TILE > length - margin || first < 0 || first + blocks_of(INNER) * BLOCK_COLUMNS > length;
+  }
+  __device__ __forceinline__ int groups() const { return occurs(NARROW) && kind == NARROW ? 1 : GROUPS; }
   __device__ __forceinline__ int group(int g) const { return x + g * GROUP_COLUMNS; }
-  // The first column of group g's first block; of KEYS, for clamped tiles, that of all groups. The blocks of a tile of
-  // one group of queries stay inside the map.
+  // The first column of group g's first block away from borders; of KEYS, near borders, that of all groups. The blocks
+  // of tiles of one group of queries stay inside the map.
   __device__ __forceinline__ int block(int g, int length) const {
-    if (OWN_KEYS && clamped) {
+    if (OWN_KEYS && kind != INNER) {
       const int start = seen_by(1, x, length).start;
-      return PADDED ? start : smaller(start, COLUMNS - EDGE_BLOCKS * BLOCK_COLUMNS);
+      const int blocks = kind == NARROW ? blocks_of(NARROW) : kind == AT_END ? blocks_of(AT_END) : blocks_of(AT_START);
+      return PADDED ? start : smaller(start, COLUMNS - blocks * BLOCK_COLUMNS);
     }
     return !OWN_KEYS && GROUPS == 1 ? larger(smaller(x - LEFT, length - BLOCKS * BLOCK_COLUMNS), 0) : group(g) - LEFT;
   }
   // Whether a column of the tile is this tile's to store.
-  __device__ __forceinline__ bool owns(int column, int length) const {
-    return static_cast<unsigned>(x + column - owned) < static_cast<unsigned>(length - owned);
+  __device__ __forceinline__ bool owns(int column) const {
+    return static_cast<unsigned>(x + column - owned) < static_cast<unsigned>(end - owned);
   }
 };
 
@@ -154,11 +163,11 @@ struct Stores {
   }
   // Group g of a tile to `target`, where the tile's first row and column lie; `rows` of them are in the map.
   __device__ __forceinline__ void write(Element* target, const Layout& s, const unsigned char* stage, int g,
-                                        const Tile& tile, int rows, int length) const {
+                                        const Tile& tile, int rows) const {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
       if (lane + 32 * i < 8 * CHUNKS && token(i) % BAND < rows &&
-          tile.owns(g * GROUP_COLUMNS + token(i) / BAND, length))
+          tile.owns(g * GROUP_COLUMNS + token(i) / BAND))
         *reinterpret_cast<uint4*>(target + g * GROUP_COLUMNS * s.step[1] + offset[i]) =
             *reinterpret_cast<const uint4*>(stage + token(i) * OutRows::PITCH +
                                             OutRows::chunk(token(i), (lane + 32 * i) % CHUNKS));

@@ -27,10 +27,15 @@
 // it leaves the map; the row of a strip as wide as the map holds COLUMNS, all of it, and what lies beyond are whatever
 // finite numbers. The mask removes both.
 //
+// Near a border windows are clamped: fewer blocks hold what a group of queries sees, more of them what a group of keys
+// does. So a tile is of one of four kinds, by which each of its groups takes other blocks.
+//
 // Defines: PASS, ELEMENT, RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V; BAND, BLOCK_ROWS, GROUPS, TILES, HEADS (of
-// a block), BLOCKS (of a group), LEFT (columns from a group's first block to its first own token, at most),
-// EDGE_BLOCKS (KEYS: of a tile near a border), COLUMNS (of shared memory) and PAD (of these, left of a padded strip),
-// LEAST_DIFFERENCE and GREATEST_DIFFERENCE (of columns, seen - own), PADDED, SHIFT, RING, OWN_RING, PRODUCERS (warps),
+// a block), BLOCKS (of a group away from borders), LEFT (columns from a group's first block to its first own token, at
+// most), INNER_BLOCKS, START_BLOCKS, END_BLOCKS and NARROW_BLOCKS (of each group, the first block of the tile's that it
+// takes, and the one after the last; of kinds that do not occur, zeros), COLUMNS (of shared memory), PAD (of these,
+// left of a padded strip) and MARGIN (columns by which blocks leave these at most, on either side), LEAST_DIFFERENCE
+// and GREATEST_DIFFERENCE (of columns, seen - own), PADDED, SHIFT, RING, OWN_RING, PRODUCERS (warps),
 // BLOCKS_PER_SM; and for a = 0, 1: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a.
 #pragma once
 
@@ -50,14 +55,58 @@ constexpr bool OWN_KEYS = PASS == KEYS;
 constexpr int GROUP_COLUMNS = 8 / BAND, BLOCK_COLUMNS = 16 / BLOCK_ROWS;
 constexpr bool TALL = BLOCK_ROWS == 16;
 constexpr int STEP = GROUP_COLUMNS / BLOCK_COLUMNS;  // blocks from one group's first to the next one's
-constexpr int TILE_BLOCKS = (GROUPS - 1) * STEP + BLOCKS;
 constexpr int TILE = GROUPS * GROUP_COLUMNS, STRIP = TILES * TILE;  // columns
 constexpr int CONSUMERS = HEADS * TILES, THREADS = 32 * (CONSUMERS + PRODUCERS);
 constexpr int D_STEPS = (HEAD_DIM + 15) / 16, V_STEPS = (HEAD_DIM_V + 15) / 16;  // of 16 elements
 
 static_assert(GROUP_COLUMNS % BLOCK_COLUMNS == 0, "groups start where blocks start");
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "rows are whole 16-byte chunks");
-static_assert(BLOCKS * BLOCK_COLUMNS <= 16 && EDGE_BLOCKS * BLOCK_COLUMNS <= 16, "the mask's product has 16 columns");
+
+// ---- kinds of tiles ----
+
+constexpr int INNER = 0;     // no window near it is clamped: only these need no mask
+constexpr int AT_START = 1;  // others, nearer to the map's first column
+constexpr int AT_END = 2;    // nearer to its last
+constexpr int NARROW = 3;    // of the last group only: the others are another tile's
+
+__device__ constexpr int range_of(int kind, int i) {
+  constexpr int RANGES[4][2 * GROUPS] = {{INNER_BLOCKS}, {START_BLOCKS}, {END_BLOCKS}, {NARROW_BLOCKS}};
+  return RANGES[kind][i];
+}
+// Whether a group of a tile of this kind takes the tile's block; whether any does; how many there are.
+__device__ constexpr bool takes(int kind, int group, int block) {
+  return range_of(kind, 2 * group) <= block && block < range_of(kind, 2 * group + 1);
+}
+__device__ constexpr bool is_taken(int kind, int block) {
+  for (int g = 0; g < GROUPS; ++g)
+    if (takes(kind, g, block)) return true;
+  return false;
+}
+__device__ constexpr int blocks_of(int kind) {
+  int most = 0;
+  for (int g = 0; g < GROUPS; ++g) most = most < range_of(kind, 2 * g + 1) ? range_of(kind, 2 * g + 1) : most;
+  return most;
+}
+__device__ constexpr bool occurs(int kind) { return blocks_of(kind) > 0; }
+__device__ constexpr int groups_of(int kind) { return kind == NARROW && occurs(NARROW) ? 1 : GROUPS; }
+
+// Calls Work::run<KIND>(its...) for a tile's kind.
+template <typename Work, typename... Its>
+__device__ __forceinline__ void of_kind(int kind, Its&... its) {
+  if (occurs(NARROW) && kind == NARROW) {
+    if constexpr (occurs(NARROW)) Work::template run<NARROW>(its...);
+  } else if (occurs(AT_END) && kind == AT_END) {
+    if constexpr (occurs(AT_END)) Work::template run<AT_END>(its...);
+  } else if (occurs(AT_START) && (!occurs(INNER) || kind == AT_START)) {
+    if constexpr (occurs(AT_START)) Work::template run<AT_START>(its...);
+  } else if constexpr (occurs(INNER)) {
+    Work::template run<INNER>(its...);
+  }
+}
+
+static_assert(BLOCKS * BLOCK_COLUMNS <= 16 && blocks_of(AT_START) * BLOCK_COLUMNS <= (OWN_KEYS ? 16 : 1 << 30) &&
+                  blocks_of(AT_END) * BLOCK_COLUMNS <= (OWN_KEYS ? 16 : 1 << 30),
+              "the mask's product has 16 columns");
 
 // ---- shared memory, in bytes ----
 
@@ -101,10 +150,6 @@ constexpr int STAGED = OWN_KEYS ? 1 : GROUPS;  // groups
 using OutRows = Rows<OUT_STEPS * 16>;
 constexpr int OUT_STAGE = STAGED * 8 * OutRows::PITCH;
 
-// Blocks of columns leave the map so far, on either side, where a row of shared memory is the map's.
-constexpr int RIGHT = BLOCKS * BLOCK_COLUMNS - (GROUPS == 1 ? COLUMNS : GROUP_COLUMNS + LEFT);
-constexpr int OUTSIDE = GROUPS == 1 || LEFT < RIGHT ? RIGHT : LEFT;
-constexpr int MARGIN = OWN_KEYS || PADDED || OUTSIDE < 0 ? 0 : OUTSIDE;
 __device__ constexpr int margin_of(int token) { return (MARGIN * token + 127) / 128 * 128; }
 constexpr int SEEN_ROWS = RING * BAND;
 constexpr int SEEN_D_AT = margin_of(SeenD::TOKEN);
@@ -116,8 +161,9 @@ constexpr int OWN_O_AT = OWN_V_AT + (PASS == FORWARD ? 0 : OWN_RING * BAND * Own
 constexpr int OUT_AT = OWN_O_AT + (PASS == QUERIES ? OWN_RING * BAND * OwnV::PITCH : 0);
 constexpr int TABLE_AT = OUT_AT + CONSUMERS * OUT_STAGE;
 constexpr int SCALARS_AT = TABLE_AT + HEADS * 2 * TABLE * 4;
-// KEYS: {lse, d_lse - delta} of seen queries. QUERIES: lse of own ones, then d_lse.
-constexpr int SCALARS_ROW = OWN_KEYS ? HEADS * COLUMNS * 8 : HEADS * STRIP * 4;
+// KEYS: {lse, d_lse - delta} of seen queries; 8 rows of two words miss each other's banks. QUERIES: lse of own ones,
+// then d_lse.
+constexpr int SCALARS_ROW = 4 * (OWN_KEYS ? (2 * HEADS * COLUMNS + 3) / 8 * 8 + 4 : HEADS * STRIP);
 constexpr int SUMS_AT =
     SCALARS_AT + SCALARS_ROW * (OWN_KEYS ? SEEN_ROWS : PASS == QUERIES ? 2 * OWN_RING * BAND : 0);
 constexpr int SUMS = ENTRIES + 1;  // of a warp: drpb, and one for sums that are of no entry

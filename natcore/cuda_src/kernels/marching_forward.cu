@@ -41,9 +41,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
 
-  prepare_shared(shared, barriers);
-  __syncthreads();
-
   if (warp >= CONSUMERS) {
     const Source queries{q, params.q, 1};
     const Sources from{{k, params.k, sizes.heads_per_kv}, {v, params.v, sizes.heads_per_kv}, queries, queries, queries,
@@ -51,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, its_lane);
     return;
   }
+  prepare_shared(shared, barriers);
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
               params.rpb, parts.bias);
 
@@ -76,14 +74,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const int lse_offset = lse_row * params.lse.step[0] + lse_column * params.lse.step[1];
     const unsigned lacks = anew(lacking(tile, run.length[1], lane));
     const int block = tile.block(0, run.length[1]);
-    const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE;
+    const float* table = tables + (tile.kind == INNER ? 0 : TABLE) + block - tile.x - LEAST_DIFFERENCE;
     const int key_byte = key_lane + (block - run.origin()) * SeenD::TOKEN;
     const int value_byte = value_lane + (block - run.origin()) * SeenV::TOKEN;
     const int query_byte = (tile.x - run.start + lane % 8 / BAND) * OwnD::TOKEN + head * (D_STEPS * 32);
     const long long x = tile.x;
     Element* its_out = run.base(out, params.out, first_head + head) + x * params.out.step[1];
     float* its_lse = run.base(lse, params.lse, first_head + head) + x * params.lse.step[1];
-    const bool stores_lse = lse != nullptr && row < 2 * GROUPS && tile.owns(lse_column, run.length[1]);
+    const bool stores_lse = lse != nullptr && row < 2 * GROUPS && tile.owns(lse_column);
     BiasRows bias;
     Interval rows = run.rows_of(run.first);
     int least = stage_of(rows.start), most = least;  // stages held: [least, most)
@@ -97,8 +95,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       unsigned query[GROUPS][2 * D_STEPS];
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g)
-        load_own<OwnD, D_STEPS>(query[g], base + OWN_D_AT + (turn.slot * BAND + lane % 8 % BAND) * OwnD::PITCH,
-                                query_byte + g * GROUP_COLUMNS * OwnD::TOKEN, parts.query, lane);
+        if (g < tile.groups())
+          load_own<OwnD, D_STEPS>(query[g], base + OWN_D_AT + (turn.slot * BAND + lane % 8 % BAND) * OwnD::PITCH,
+                                  query_byte + g * GROUP_COLUMNS * OwnD::TOKEN, parts.query, lane);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(barriers.own_empty(turn.slot));
       turn.advance();
@@ -108,26 +107,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         find_seen<SeenD>(keys, base + SEEN_D_AT, key_byte, rows, lane % 8 + (TALL ? 8 * key_half : 0), first);
         find_seen<SeenV>(values, base + SEEN_V_AT, value_byte, rows, lane % 8 + (TALL ? 8 * value_half : 0), first);
         bias.turn_to(run, band, rows, table, lane);
-        Scores s;
-        if (tile.clamped) {
-          score<true>(s, query, keys, bias.at, lacks, lane);
-        } else {
-          score<false>(s, query, keys, bias.at, lacks, lane);
-        }
-        float top[GROUPS][2], sum[GROUPS][4] = {}, o[GROUPS][V_STEPS][4] = {};
-        soften(s, top, parts.unit);
-        weigh(o, sum, s, values);
+        float top[GROUPS][2] = {}, sum[GROUPS][4] = {}, o[GROUPS][V_STEPS][4] = {};
+        of_kind<Attend>(tile.kind, o, sum, top, query, keys, values, bias.at, lacks, parts.unit, lane);
         __syncwarp();  // the stage has been read
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) {
+          if (g >= tile.groups()) break;
           const float inverse[2] = {rcp_approx(sum[g][0]), rcp_approx(sum[g][1])};
           stage_group(stage + g * 8 * OutRows::PITCH, o[g], inverse, lane);
         }
         __syncwarp();
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g)
-          its.write(its_out + static_cast<long long>(y) * params.out.step[0], params.out,
-                    stage + g * 8 * OutRows::PITCH, g, tile, run.length[0] - y, run.length[1]);
+          if (g < tile.groups())
+            its.write(its_out + static_cast<long long>(y) * params.out.step[0], params.out,
+                      stage + g * 8 * OutRows::PITCH, g, tile, run.length[0] - y);
         if (stores_lse && y + lse_row < run.length[0]) {
           float most_of = top[0][0], total = sum[0][0];
 #pragma unroll

@@ -7,7 +7,7 @@
 //   S = Q K^T, dP = dO V^T + d_lse - delta, P = exp(S - lse), dS = P dP, dV^T += dO^T P, dK^T += Q^T dS
 //
 // Keys near a border are seen by more queries than others, because windows are clamped there: a band's queries may take
-// two rows of blocks, and tiles within a window of a border work on EDGE_BLOCKS blocks of columns for all their groups.
+// two rows of blocks, and groups within a window of a border take more blocks of columns than others, or fewer.
 //
 // Shared memory (NAT-Tiny, 56x56, strips of 56 columns with one head, two blocks an SM, RING 6): rings of Q and dO,
 // RING * BAND rows of COLUMNS tokens of HEADS heads, 84 KB, and of scalars, 5 KB; OWN_RING bands of K and V, 14 KB;
@@ -44,57 +44,62 @@ struct Results {
 };
 
 // Adds to dK^T and dV^T of a tile what one row of blocks gives.
-template <bool CLAMPED>
-__device__ __forceinline__ void differentiate(Results& results, const Seen& seen, const BiasRows& bias,
-                                              const unsigned (&key)[GROUPS][2 * D_STEPS],
-                                              const unsigned (&value)[GROUPS][2 * V_STEPS],
-                                              unsigned lacks, float unit, int lane) {
-  unsigned mask[GROUPS][2];
-  as_masks(mask, CLAMPED ? lacks : 0);
+struct Differentiate {
+  template <int KIND>
+  static __device__ __forceinline__ void run(Results& results, const Seen& seen, const BiasRows& bias,
+                                             const unsigned (&key)[GROUPS][2 * D_STEPS],
+                                             const unsigned (&value)[GROUPS][2 * V_STEPS],
+                                             const volatile unsigned& lacks, const float& unit, const int& its_lane) {
+    const int lane = KIND == INNER ? its_lane : anew_lane(its_lane);
+    unsigned mask[GROUPS][2];
+    as_masks(mask, KIND == INNER ? 0 : lacks);
 #pragma unroll
-  for (int b = 0; b < (CLAMPED ? EDGE_BLOCKS : TILE_BLOCKS); ++b) {
-    unsigned query[D_STEPS][4], gradient[V_STEPS][4], query_t[D_STEPS][4], gradient_t[V_STEPS][4];
-    load_block<SeenD>(query, seen.queries, b);
-    load_block<SeenV>(gradient, seen.gradients, b);
-    const float2 scalars[2] = {seen.scalars[0][b * BLOCK_COLUMNS], seen.scalars[1][b * BLOCK_COLUMNS]};
-    const float minus_delta[4] = {scalars[0].y, scalars[0].y, scalars[1].y, scalars[1].y};
-    load_transposed<SeenV>(gradient_t, seen.gradients_transposed, b);
-    load_transposed<SeenD>(query_t, seen.queries_transposed, b);
+    for (int b = 0; b < blocks_of(KIND); ++b) {
+      if (!is_taken(KIND, b)) continue;
+      unsigned query[D_STEPS][4], gradient[V_STEPS][4], query_t[D_STEPS][4], gradient_t[V_STEPS][4];
+      load_block<SeenD>(query, seen.queries, b);
+      load_block<SeenV>(gradient, seen.gradients, b);
+      const float2 scalars[2] = {seen.scalars[0][b * BLOCK_COLUMNS], seen.scalars[1][b * BLOCK_COLUMNS]};
+      const float minus_delta[4] = {scalars[0].y, scalars[0].y, scalars[1].y, scalars[1].y};
+      load_transposed<SeenV>(gradient_t, seen.gradients_transposed, b);
+      load_transposed<SeenD>(query_t, seen.queries_transposed, b);
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      if (!CLAMPED && (b < g * STEP || b >= g * STEP + BLOCKS)) continue;
-      float p[4], ds[4];
+      for (int g = 0; g < GROUPS; ++g) {
+        if (!takes(KIND, g, b)) continue;
+        float p[4], ds[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) p[i] = bias.at[i % 2][i / 2][b * BLOCK_COLUMNS - g * GROUP_COLUMNS];
-      if (CLAMPED) mask_columns(p, b, mask[g], lane);
-      multiply(p, query, key[g], p);
-      multiply(ds, gradient, value[g], minus_delta);
+        for (int i = 0; i < 4; ++i) p[i] = bias.at[i % 2][i / 2][b * BLOCK_COLUMNS - g * GROUP_COLUMNS];
+        if (KIND != INNER) mask_columns(p, b, mask[g], lane);
+        multiply(p, query, key[g], p);
+        multiply(ds, gradient, value[g], minus_delta);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        p[i] = ex2_approx(__fmaf_rn(p[i], unit, -scalars[i / 2].x));
-        ds[i] *= p[i];
+        for (int i = 0; i < 4; ++i) {
+          p[i] = ex2_approx(__fmaf_rn(p[i], unit, -scalars[i / 2].x));
+          ds[i] *= p[i];
+        }
+        unsigned weight[2], operand[2];
+        as_operand(weight, p);
+        as_operand(operand, ds);
+        multiply_transposed(results.dv[g], gradient_t, weight);
+        multiply_transposed(results.dk[g], query_t, operand);
       }
-      unsigned weight[2], operand[2];
-      as_operand(weight, p);
-      as_operand(operand, ds);
-      multiply_transposed(results.dv[g], gradient_t, weight);
-      multiply_transposed(results.dk[g], query_t, operand);
     }
   }
-}
+};
 
 // One result of a tile, group by group through the warp's stage, to where the tile's first row and column lie.
 template <int D, int STEPS>
 __device__ __forceinline__ void store(Element* target, const Layout& layout, const Stores<D>& its, const Tile& tile,
                                       const float (&result)[GROUPS][STEPS][4], float scale, unsigned char* stage,
-                                      int rows, int length, int lane) {
+                                      int rows, int lane) {
   const float factor[2] = {scale, scale};
 #pragma unroll
   for (int g = 0; g < GROUPS; ++g) {
+    if (g >= tile.groups()) break;
     __syncwarp();  // the stage has been read
     stage_group(stage, result[g], factor, lane);
     __syncwarp();
-    its.write(target, layout, stage, g, tile, rows, length);
+    its.write(target, layout, stage, g, tile, rows);
   }
 }
 
@@ -141,9 +146,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
 
-  prepare_shared(shared, barriers);
-  __syncthreads();
-
   if (warp >= CONSUMERS) {
     const Source values{v, params.v, 1};
     const Sources from{{q, params.q, 1}, {d_out, params.d_out, 1}, {k, params.k, 1}, values, values,
@@ -153,6 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       sum_bias(drpb, drpb_partials, params.drpb, sizes.head_groups * HEADS, params.slices, lane);
     return;
   }
+  prepare_shared(shared, barriers);
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
               params.rpb, parts.bias);
 
@@ -179,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const Tile tile(run, number);
     const int block = tile.block(0, run.length[1]);
     kept(lane) = lacking(tile, run.length[1], lane);
-    const float* its_table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE;
+    const float* its_table = tables + (tile.kind == INNER ? 0 : TABLE) + block - tile.x - LEAST_DIFFERENCE;
     const long long x = tile.x;
     __syncwarp();
     if (lane == 0) {
@@ -202,6 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int value_byte = own_column * OwnV::TOKEN + head * (V_STEPS * 32);
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {
+        if (g >= tile.groups()) break;
         load_own<OwnD, D_STEPS>(key[g], base + OWN_D_AT + own_row * OwnD::PITCH,
                                 key_byte + g * GROUP_COLUMNS * OwnD::TOKEN, parts.query, lane);
         load_own<OwnV, V_STEPS>(value[g], base + OWN_V_AT + own_row * OwnV::PITCH,
@@ -236,24 +240,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int place = smaller(list.start + lane / 4 + (TALL ? 8 * h : 0), list.end - 1) + first;
-            const int at = (place < SEEN_ROWS ? place : place - SEEN_ROWS) * (HEADS * COLUMNS * 8) + scalar_byte;
+            const int at = (place < SEEN_ROWS ? place : place - SEEN_ROWS) * SCALARS_ROW + scalar_byte;
             seen.scalars[h] = reinterpret_cast<const float2*>(shared + SCALARS_AT + at) + (TALL ? 0 : h);
           }
-          if (tile.clamped) {
-            differentiate<true>(results, seen, bias, key, value, kept(lane), parts.unit, anew_lane(lane));
-          } else {
-            differentiate<false>(results, seen, bias, key, value, 0, parts.unit, lane);
-          }
+          of_kind<Differentiate>(tile.kind, results, seen, bias, key, value, kept(lane), parts.unit, lane);
         }
         const int left = run.length[0] - y;
-        const Stores<HEAD_DIM> its_dk(params.dk, anew_lane(lane));
-        const Stores<HEAD_DIM_V> its_dv(params.dv, anew_lane(lane));
+        const Stores<HEAD_DIM> its_dk(params.dk, anew_lane(its_lane));
+        const Stores<HEAD_DIM_V> its_dv(params.dv, anew_lane(its_lane));
         if (dk != nullptr)
           store(place.dk + static_cast<long long>(y) * params.dk.step[0], params.dk, its_dk, tile, results.dk, scale,
-                stage, left, run.length[1], lane);
+                stage, left, anew_lane(its_lane));
         if (dv != nullptr)
           store(place.dv + static_cast<long long>(y) * params.dv.step[0], params.dv, its_dv, tile, results.dv, 1.f,
-                stage, left, run.length[1], lane);
+                stage, left, anew_lane(its_lane));
       }
       __syncwarp();
       const bool more = band < place.last;

@@ -59,44 +59,47 @@ struct Seen {
 };
 
 // dQ^T of a tile and its share of the sums.
-template <bool CLAMPED>
-__device__ __forceinline__ void differentiate(float (&dq)[GROUPS][D_STEPS][4], BiasSums& sums, const Seen& seen, const BiasRows& bias,
-                                              const unsigned (&query)[GROUPS][2 * D_STEPS],
-                                              const unsigned (&gradient)[GROUPS][2 * V_STEPS],
-                                              const float (&lse)[GROUPS][2], const float (&minus_delta)[GROUPS][2],
-                                              unsigned lacks, float unit, int lane) {
-  unsigned mask[GROUPS][2];
-  as_masks(mask, CLAMPED ? lacks : 0);
+struct Differentiate {
+  template <int KIND>
+  static __device__ __forceinline__ void run(float (&dq)[GROUPS][D_STEPS][4], BiasSums& sums, const Seen& seen,
+                                             const BiasRows& bias, const unsigned (&query)[GROUPS][2 * D_STEPS],
+                                             const unsigned (&gradient)[GROUPS][2 * V_STEPS],
+                                             const float (&lse)[GROUPS][2], const float (&minus_delta)[GROUPS][4],
+                                             const volatile int& lacks, const float& unit, const int& its_lane) {
+    const int lane = KIND == INNER ? its_lane : anew_lane(its_lane);
+    unsigned mask[GROUPS][2];
+    as_masks(mask, KIND == INNER ? 0 : lacks);
 #pragma unroll
-  for (int b = 0; b < TILE_BLOCKS; ++b) {
-    unsigned key[D_STEPS][4], value[V_STEPS][4], transposed[D_STEPS][4];
-    load_block<SeenD>(key, seen.keys, b);
-    load_block<SeenV>(value, seen.values, b);
-    load_transposed<SeenD>(transposed, seen.keys_transposed, b);
+    for (int b = 0; b < blocks_of(KIND); ++b) {
+      if (!is_taken(KIND, b)) continue;
+      unsigned key[D_STEPS][4], value[V_STEPS][4], transposed[D_STEPS][4];
+      load_block<SeenD>(key, seen.keys, b);
+      load_block<SeenV>(value, seen.values, b);
+      load_transposed<SeenD>(transposed, seen.keys_transposed, b);
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      const int own = b - g * STEP;
-      if (own < 0 || own >= BLOCKS) continue;
-      float s[4], ds[4];
-      const float start[4] = {minus_delta[g][0], minus_delta[g][1], minus_delta[g][0], minus_delta[g][1]};
+      for (int g = 0; g < GROUPS; ++g) {
+        if (!takes(KIND, g, b)) continue;
+        const int own = b - g * STEP;
+        float s[4], ds[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[i] = bias.at[i % 2][i / 2][own * BLOCK_COLUMNS];
-      if (CLAMPED) mask_columns(s, own, mask[g], lane);
-      multiply(s, key, query[g], s);
-      multiply(ds, value, gradient[g], start);
+        for (int i = 0; i < 4; ++i) s[i] = bias.at[i % 2][i / 2][own * BLOCK_COLUMNS];
+        if (KIND != INNER) mask_columns(s, own, mask[g], lane);
+        multiply(s, key, query[g], s);
+        multiply(ds, value, gradient[g], minus_delta[g]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ds[i] *= ex2_approx(__fmaf_rn(s[i], unit, -lse[g][i % 2]));
+        for (int i = 0; i < 4; ++i) {
+          ds[i] *= ex2_approx(__fmaf_rn(s[i], unit, -lse[g][i % 2]));
 #ifdef RPB
-        sums.sum[own][i] += ds[i];
+          sums.sum[own][i] += ds[i];
 #endif
+        }
+        unsigned operand[2];
+        as_operand(operand, ds);
+        multiply_transposed(dq[g], transposed, operand);
       }
-      unsigned operand[2];
-      as_operand(operand, ds);
-      multiply_transposed(dq[g], transposed, operand);
     }
   }
-}
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     marching_queries(const Element* __restrict__ d_out,    // [batch, x0, x1, heads, HEAD_DIM_V]
@@ -120,16 +123,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
 
-  prepare_shared(shared, barriers);
-  for (int i = threadIdx.x; i < SUMS_BYTES / 4; i += THREADS) reinterpret_cast<float*>(shared + SUMS_AT)[i] = 0.f;
-  __syncthreads();
-
   if (warp >= CONSUMERS) {
     const Sources from{{k, params.k, sizes.heads_per_kv}, {v, params.v, sizes.heads_per_kv}, {q, params.q, 1},
                        {d_out, params.d_out, 1}, {out, params.out, 1}, nullptr, lse, d_lse, params.lse, params.d_lse};
     produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, lane);
     return;
   }
+  prepare_shared(shared, barriers);
+  for (int i = threadIdx.x; i < SUMS_BYTES / 4; i += 32 * CONSUMERS)
+    reinterpret_cast<float*>(shared + SUMS_AT)[i] = 0.f;
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
               params.rpb, parts.bias);
 
@@ -157,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     if (run.last < run.first) continue;
     const Tile tile(run, number);
     const int block = tile.block(0, run.length[1]);
-    const float* table = tables + (tile.clamped ? TABLE : 0) + block - tile.x - LEAST_DIFFERENCE;
+    const float* table = tables + (tile.kind == INNER ? 0 : TABLE) + block - tile.x - LEAST_DIFFERENCE;
     // Lanes of ldmatrix: K and V as A operands, and the transpose of K; which key of a block, which 16 bytes of it.
     const int key_half = lane / 8 % 2, transposed_half = lane / 16, first_column = block - run.origin();
     const int column = first_column + (TALL ? 0 : key_half), column_t = first_column + (TALL ? 0 : transposed_half);
@@ -183,7 +185,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       const int y = band * BAND;
       mbarrier_wait(barriers.own_full(turn.slot), turn.phase);
       unsigned query[GROUPS][2 * D_STEPS], gradient[GROUPS][2 * V_STEPS];
-      const int lane = anew_lane(its_lane), row = lane / 4;  // what depends on it is not worth a register from band to band
+      // What depends on it is not worth a register from band to band.
+      const int lane = anew_lane(its_lane), row = lane / 4;
       const int own_row = turn.slot * BAND + lane % 8 % BAND, column = place.column;
       const int query_byte = (column + lane % 8 / BAND) * OwnD::TOKEN + head * (D_STEPS * 32);
       const int gradient_byte = (column + lane % 8 / BAND) * OwnV::TOKEN + head * (V_STEPS * 32);
@@ -194,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       float delta = 0.f;
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {
+        if (g >= tile.groups()) break;
         load_own<OwnD, D_STEPS>(query[g], base + OWN_D_AT + own_row * OwnD::PITCH,
                                 query_byte + g * GROUP_COLUMNS * OwnD::TOKEN, parts.query, lane);
         load_own<OwnV, V_STEPS>(gradient[g], base + OWN_V_AT + own_row * OwnV::PITCH,
@@ -207,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       // Token lane % 8 of group lane / 8 is this lane's, for now. Queries that are not the tile's, or below the map,
       // get a weight of exp(-inf).
       const bool present =
-          lane < 8 * GROUPS && y + scalar_row < run.length[0] && tile.owns(scalar_column, run.length[1]);
+          lane < 8 * GROUPS && y + scalar_row < run.length[0] && tile.owns(scalar_column);
       const float* given = reinterpret_cast<const float*>(
           shared + SCALARS_AT + (turn.slot * BAND + scalar_row) * SCALARS_ROW + scalar_byte);
       float2 its_scalars{__int_as_float(0x7f800000), 0.f};
@@ -217,16 +221,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         place.scalars[static_cast<long long>(y + scalar_row) * DILATION_0 * sizes.extent[1] +
                       scalar_column * DILATION_1] = its_scalars;
       }
-      if (lane < 8 * GROUPS) reinterpret_cast<float2*>(stage)[lane] = its_scalars;
+      // d_lse - delta goes twice into the stage, so that four loaded registers are what dP starts from.
+      float* at_stage = reinterpret_cast<float*>(stage);
+      if (lane < 8 * GROUPS) {
+        at_stage[lane / 2 * 4 + lane % 2] = at_stage[lane / 2 * 4 + 2 + lane % 2] = its_scalars.y;
+        at_stage[16 * GROUPS + lane] = its_scalars.x;
+      }
       __syncwarp();
       if (lane == 0) mbarrier_arrive(barriers.own_empty(turn.slot));
       turn.advance();
-      float its_lse[GROUPS][2], minus_delta[GROUPS][2];
+      float its_lse[GROUPS][2], minus_delta[GROUPS][4];
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {
-        const float4 both = reinterpret_cast<const float4*>(stage)[g * 4 + lane % 4];
-        its_lse[g][0] = both.x, its_lse[g][1] = both.z;
-        minus_delta[g][0] = both.y, minus_delta[g][1] = both.w;
+        const float4 starts = reinterpret_cast<const float4*>(stage)[g * 4 + lane % 4];
+        const float2 pair = reinterpret_cast<const float2*>(stage)[(2 * GROUPS + g) * 4 + lane % 4];
+        its_lse[g][0] = pair.x, its_lse[g][1] = pair.y;
+        minus_delta[g][0] = starts.x, minus_delta[g][1] = starts.y;
+        minus_delta[g][2] = starts.z, minus_delta[g][3] = starts.w;
       }
       for (; most <= stage_of(rows.end - 1); ++most, ready.advance())
         mbarrier_wait(barriers.full(ready.slot), ready.phase);
@@ -242,23 +253,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         sums.turn_to(rows.start - y, block - tile.x, its_sums, lane);
 #endif
         float result[GROUPS][D_STEPS][4] = {};
-        if (tile.clamped) {
-          differentiate<true>(result, sums, seen, bias, query, gradient, its_lse, minus_delta, kept(3, lane), parts.unit,
-                              anew_lane(lane));
-        } else {
-          differentiate<false>(result, sums, seen, bias, query, gradient, its_lse, minus_delta, 0, parts.unit, lane);
-        }
+        of_kind<Differentiate>(tile.kind, result, sums, seen, bias, query, gradient, its_lse, minus_delta,
+                               kept(3, lane), parts.unit, lane);
         __syncwarp();  // the stage has been read
         const float factor[2] = {scale, scale};
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) stage_group(stage + g * 8 * OutRows::PITCH, result[g], factor, lane);
+        for (int g = 0; g < GROUPS; ++g)
+          if (g < tile.groups()) stage_group(stage + g * 8 * OutRows::PITCH, result[g], factor, lane);
         __syncwarp();
         const Stores<HEAD_DIM> its(params.dq, anew_lane(lane));
         if (dq != nullptr)
 #pragma unroll
           for (int g = 0; g < GROUPS; ++g)
-            its.write(place.dq + static_cast<long long>(y) * params.dq.step[0], params.dq,
-                      stage + g * 8 * OutRows::PITCH, g, tile, run.length[0] - y, run.length[1]);
+            if (g < tile.groups())
+              its.write(place.dq + static_cast<long long>(y) * params.dq.step[0], params.dq,
+                        stage + g * 8 * OutRows::PITCH, g, tile, run.length[0] - y);
       }
       __syncwarp();
       const bool more = band < place.last;
