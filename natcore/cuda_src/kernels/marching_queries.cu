@@ -33,17 +33,26 @@ struct Place {
 };
 static_assert(sizeof(Place) <= PLACE, "");
 
-// delta of query lane / 4 of a group, in the lanes of which lane % 4 is half of it: dO . O, the diagonal of a product.
-// `gradients` and `outputs` are the rows of that query, `byte` is where it lies in them.
+// In which row of delta's product a query of a group goes, and which query goes in a row: rows that are read at once, 2 n
+// and 2 n + 1, lie in other halves of 128 bytes (see OwnRows).
+__device__ __forceinline__ int delta_row(int query) {
+  constexpr int BIT = BAND == 2 && OwnV::TOKEN < 128 ? 1 : 2;  // changes places with bit 0
+  const int differ = (query ^ query >> BIT) & 1;
+  return query ^ (differ | differ << BIT);
+}
+
+// delta of query delta_row(lane / 4) of a group, in the lanes of which lane % 4 is half of lane / 4: dO . O, the diagonal
+// of a product. `gradients` and `outputs` are the rows of that query, in row `row` of the band, `byte` is where it lies
+// in them.
 __device__ __forceinline__ float find_delta(const unsigned char* gradients, const unsigned char* outputs, int byte,
-                                            int lane) {
+                                            int row, int lane) {
   float c[4] = {};
 #pragma unroll
   for (int turn = 0; turn < (V_STEPS + 1) / 2; ++turn) {  // four lanes have 16 bytes each
     const int chunk = lane % 4 * 16 + turn * 64;
     uint4 g{0, 0, 0, 0}, o{0, 0, 0, 0};
     if (V_STEPS % 2 == 0 || chunk < V_STEPS * 32) {
-      const int at = OwnV::at(byte + chunk, lane / 4 % BAND);
+      const int at = OwnV::at(byte + chunk, row);
       g = *reinterpret_cast<const uint4*>(gradients + at), o = *reinterpret_cast<const uint4*>(outputs + at);
     }
     Mma<Element>::m16n8k16(c, g.x, 0, g.y, 0, o.x, o.y, c);
@@ -186,14 +195,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       mbarrier_wait(barriers.own_full(turn.slot), turn.phase);
       unsigned query[GROUPS][2 * D_STEPS], gradient[GROUPS][2 * V_STEPS];
       // What depends on it is not worth a register from band to band.
-      const int lane = anew_lane(its_lane), row = lane / 4;
+      const int lane = anew_lane(its_lane), query_of_row = delta_row(lane / 4);
       const int own_row = turn.slot * BAND + lane % 8 % BAND, column = place.column;
       const int query_byte = (column + lane % 8 / BAND) * OwnD::TOKEN + head * (D_STEPS * 32);
       const int gradient_byte = (column + lane % 8 / BAND) * OwnV::TOKEN + head * (V_STEPS * 32);
-      const int delta_byte = (column + row / BAND) * OwnV::TOKEN + head * (V_STEPS * 32);
+      const int delta_byte = (column + query_of_row / BAND) * OwnV::TOKEN + head * (V_STEPS * 32);
       // The query whose scalars this lane makes.
       const int scalar_row = lane % 8 % BAND, scalar_column = lane / 8 % GROUPS * GROUP_COLUMNS + lane % 8 / BAND;
       const int scalar_byte = (head * STRIP + column + scalar_column) * 4;
+      const int source = delta_row(lane % 8) * 4 + delta_row(lane % 8) / 2;
       float delta = 0.f;
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {
@@ -202,10 +212,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                                 query_byte + g * GROUP_COLUMNS * OwnD::TOKEN, parts.query, lane);
         load_own<OwnV, V_STEPS>(gradient[g], base + OWN_V_AT + own_row * OwnV::PITCH,
                                 gradient_byte + g * GROUP_COLUMNS * OwnV::TOKEN, 1.f, lane);
-        const unsigned char* own = shared + (turn.slot * BAND + row % BAND) * OwnV::PITCH;
+        const unsigned char* own = shared + (turn.slot * BAND + query_of_row % BAND) * OwnV::PITCH;
         const int at = delta_byte + g * GROUP_COLUMNS * OwnV::TOKEN;
-        const float its = find_delta(own + OWN_V_AT, own + OWN_O_AT, at, lane);
-        const float of_token = __shfl_sync(~0u, its, lane % 8 * 4 + lane % 8 / 2);
+        const float its = find_delta(own + OWN_V_AT, own + OWN_O_AT, at, query_of_row % BAND, lane);
+        const float of_token = __shfl_sync(~0u, its, source);
         if (g == 0 || lane / 8 == g) delta = of_token;
       }
       // Token lane % 8 of group lane / 8 is this lane's, for now. Queries that are not the tile's, or below the map,
