@@ -33,17 +33,17 @@ struct Place {
 };
 static_assert(sizeof(Place) <= PLACE, "");
 
-// In which row of delta's product a query of a group goes, and which query goes in a row: rows that are read at once, 2 n
-// and 2 n + 1, lie in other halves of 128 bytes (see OwnRows).
+// In which row of delta's product a query of a group goes, and which query goes in a row: rows 2 n and 2 n + 1, which
+// are read at once, lie in different halves of 128 bytes (see OwnRows).
 __device__ __forceinline__ int delta_row(int query) {
   constexpr int BIT = BAND == 2 && OwnV::TOKEN < 128 ? 1 : 2;  // changes places with bit 0
   const int differ = (query ^ query >> BIT) & 1;
   return query ^ (differ | differ << BIT);
 }
 
-// delta of query delta_row(lane / 4) of a group, in the lanes of which lane % 4 is half of lane / 4: dO . O, the diagonal
-// of a product. `gradients` and `outputs` are the rows of that query, in row `row` of the band, `byte` is where it lies
-// in them.
+// delta of query delta_row(lane / 4) of a group, in the lanes of which lane % 4 is half of lane / 4: dO . O, the
+// diagonal of a product. `gradients` and `outputs` are the rows of that query, the band's row `row`, `byte` is where it
+// lies in them.
 __device__ __forceinline__ float find_delta(const unsigned char* gradients, const unsigned char* outputs, int byte,
                                             int row, int lane) {
   float c[4] = {};
