@@ -212,8 +212,8 @@ class NAT(nn.Module):
     ``[batch, width of the last stage]``; with ``features_only`` one normed map per stage,
     ``[batch, embed_dim * 2**i, ~height / (p * 2**i), ~width / (p * 2**i)]``, p the config's patch_size.
 
-    Compiles with ``fullgraph=True``; where the host is slow or the batch small, ``mode="reduce-overhead"`` (CUDA graphs)
-    keeps the GPU busy.
+    Compiles with ``fullgraph=True``; ``mode="reduce-overhead"`` (CUDA graphs) keeps the GPU busy where the host is slow
+    or the batch small.
 
     State dicts have the published names. A ViT-rpb's published buffer ``relative_position_index`` may be
     among them: it is checked and dropped (`torch_nat.published_state_dict` gives it back).

@@ -101,7 +101,7 @@ def _bias_table(layer: nn.Linear) -> Tensor | None:
 
 
 def _fits(table: Tensor, x: Tensor) -> bool:
-    return x[..., 0].numel() % table.shape[0] == 0
+    return x.shape[:-1].numel() % table.shape[0] == 0
 
 
 # Autograd. What is called forward is in a graph of operations as torch's own operations.
