@@ -20,6 +20,7 @@ from natcore.planning import (
     marching_cost,
     passes,
     plan_for,
+    resident_geometry,
     tiled,
     tiled_backward,
     tiled_backward_cost,
@@ -167,14 +168,24 @@ def _whole(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
             yield 1.0, (g,)
 
 
+def _resident(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
+    """Phases and warps, among which the cost model makes no difference."""
+    for at_once, warps in product((2, 4, 8), (8, 12, 16)):
+        g = resident_geometry.choose_geometry(call.problem, facts, {"at_once": at_once, "warps": warps})
+        if g is not None:
+            yield 1.0, (g,)
+
+
 _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
     "tiled": _tiled,
     "marching": _marching,
     "whole": _whole,
+    "resident": _resident,
     "tiled_backward": _tiled_backward,
 }
 _CHOSEN: dict[str, Callable[[Call, DeviceFacts], Cut]] = {
     "whole": lambda call, facts: (whole_geometry.choose_geometry(call.problem, call.direction, facts, {}),),
+    "resident": lambda call, facts: (resident_geometry.choose_geometry(call.problem, facts, {}),),
     "tiled": lambda call, facts: (tiled.configured(call, facts, {}),),
     "marching": _chosen_marching,
     "tiled_backward": _chosen_tiled_backward,

@@ -74,7 +74,7 @@ def faults_of(row: ReportRow) -> list[str]:
     """Where a compiled kernel exceeds its declaration, in words."""
     info, took = kernel_info(row.spec.name), row.resources
     limits = {
-        "bytes spilled": (took.spill_store_bytes + took.spill_load_bytes, 0),
+        "bytes spilled": (took.spill_store_bytes + took.spill_load_bytes, info.max_spilled_bytes),
         "registers": (took.registers, info.max_registers),
         "bytes of static shared memory": (took.shared_bytes, info.max_shared_bytes),
     }

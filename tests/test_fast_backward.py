@@ -56,6 +56,7 @@ ABLE = [fitting(case) for case in CASES if able(case)]
 WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
 MORE = [
     Case("several_regions", (37, 41), 7, heads=2, heads_kv=2, packed=True, batch=2, **WIDE),
+    Case("third_stage", (14, 14), 7, heads=8, heads_kv=8, batch=16, **WIDE),
     Case("last_stage", (7, 7), 7, heads=4, heads_kv=4, batch=5, **WIDE),
     Case("kernel_3", (20, 19), 3, heads=2, heads_kv=2, head_dim=64, head_dim_v=64, rpb="same"),
     Case("kernel_5", (20, 19), 5, heads=2, heads_kv=2, head_dim=48, head_dim_v=16, rpb="float32"),
@@ -79,7 +80,7 @@ def test_planner_prefers_tensor_cores() -> None:
         preferred = candidates(call, FACTS)[0]
         taken.add(preferred.name)
         assert plan_for(call, FACTS) == preferred.plan(call, FACTS, {}), case.name
-    assert taken == {"whole", "marching", "tiled_backward"}
+    assert taken == {"whole", "resident", "marching", "tiled_backward"}
     other = replace(call, problem=replace(call.problem, dtype="float64"))
     assert plan_for(other, FACTS).launches[0].kernel.name.startswith("general")
     for name in taken:

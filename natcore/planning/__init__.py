@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import inf
 
-from natcore.planning import general, marching, tiled, tiled_backward, whole
+from natcore.planning import general, marching, resident, tiled, tiled_backward, whole
 from natcore.planning.plan import (
     Candidate,
     Config,
@@ -51,6 +51,7 @@ __all__ = [
 #: Every way to run a call. The general kernels, last, take every valid problem.
 CANDIDATES: tuple[Candidate, ...] = (
     whole.CANDIDATE,
+    resident.CANDIDATE,
     marching.CANDIDATE,
     tiled.CANDIDATE,
     tiled_backward.CANDIDATE,

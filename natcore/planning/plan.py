@@ -106,6 +106,7 @@ class KernelInfo:
     architectures: tuple[str, ...]
     max_registers: int  # a thread
     max_shared_bytes: int  # static, a block
+    max_spilled_bytes: int = 0  # stored and loaded
 
     def runs_on(self, arch: str) -> bool:
         return any(

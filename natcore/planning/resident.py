@@ -1,0 +1,134 @@
+"""Plans for the backward of maps that fit into a block's shared memory (cuda_src/kernels/resident_backward.cu).
+
+How tokens are grouped is compiled in (see `resident_geometry`), with the window, the map's extent in a dilation group
+and the head dimensions; extents, batch, heads and strides are arguments.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from functools import partial
+from math import ceil
+
+from natcore.planning import listed
+from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
+from natcore.planning.partials import SUM_DRPB, sum_drpb
+from natcore.planning.plan import (
+    Candidate,
+    Constant,
+    DeviceFacts,
+    KernelInfo,
+    KernelSpec,
+    Launch,
+    Operand,
+    Param,
+    Plan,
+    Scale,
+    Workspace,
+)
+from natcore.planning.resident_geometry import (
+    BLOCK_ROWS,
+    MAX_HEAD_DIM,
+    MOST,
+    Geometry,
+    axes_of,
+    choose_geometry,
+    rows_of_bands,
+)
+from natcore.problem import OPERANDS, Call
+
+OPTIONS = ("at_once", "warps", "blocks_per_sm")
+_OPERANDS = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq", "dk", "dv")
+#: Clocks of both launches, of each phase of a map on a multiprocessor, and of each unit; fitted to nine measured times
+#: on an H200, with errors of at most 12 %.
+_LAUNCH, _PHASE, _UNIT = 25_000, 2_600, 87
+
+
+def _layout(call: Call, name: str, g: Geometry) -> bytes:
+    """struct Layout of one operand; of absent ones, zeros."""
+    strides = strides_of(call, name)
+    if strides is None:
+        return bytes(32)
+    batch, axis, head = strides
+    step = [s * x.dilation for s, x in zip(axis, g.axes, strict=True)]
+    return struct.pack("=q5i4x", batch, head, *axis, *step)
+
+
+def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
+    """The plan of a call that `refusal` has passed."""
+    p = call.problem
+    g = choose_geometry(p, facts, options)
+    if g is None:
+        raise ValueError(f"config: the options {dict(options)} need more shared memory than {facts} has, for {p}.")
+    slices = g.slices(facts)
+    index = OPERANDS["backward"].index
+    drpb = call.strides[index("drpb")]
+    partials: Param = Constant(bytes(8)) if drpb is None else Workspace(0)
+    sizes = struct.pack("=4i", *p.spatial, p.batch, slices)
+    params = Constant(sizes + b"".join(_layout(call, name, g) for name in _OPERANDS))
+    operands = (Operand(index(name), alignment(name)) for name in _OPERANDS)
+    main = Launch(
+        KernelSpec("resident_backward", g.defines, facts.arch),
+        (p.heads, g.map_groups * slices, 1),
+        (32 * g.warps, 1, 1),
+        g.shared_bytes,
+        (*operands, partials, Scale("float32"), params),
+    )
+    if drpb is None:
+        return Plan((main,), 0)
+    head, *axis = drpb
+    tables = slices * g.map_groups
+    last = sum_drpb(p, head, (0, *axis), (1, *p.window.rpb_shape), tables, facts.arch)
+    return Plan((main, last), tables * p.heads * g.entries * 4)
+
+
+def refusal(call: Call, facts: DeviceFacts) -> str | None:
+    """Why the resident kernel cannot run a call, or None."""
+    p = call.problem
+    reason = refusal_of_elements(call, facts, "resident")
+    if reason is not None:
+        return reason
+    if p.window.rank != 2:
+        return f"{p.window.rank}-D windows are for the tiled kernels."
+    if p.extra or p.batch == 0:
+        return "additional keys and empty batches are for the general kernel."
+    if p.heads != p.heads_kv:
+        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the tiled one."
+    if max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
+        return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: beyond {MAX_HEAD_DIM} a map leaves no room."
+    rows, columns = axes_of(p)
+    if max(rows.lengths[0], columns.lengths[0]) > MOST:
+        return f"map {p.spatial}, dilation {p.window.dilation}: more than {MOST} rows or columns in a dilation group."
+    if rows_of_bands(rows) > BLOCK_ROWS:
+        return f"kernel_size {p.window.kernel_size}: two rows of queries see more than {BLOCK_ROWS} rows of keys."
+    reason = refusal_of_strides(call, 1 << 24, "the 32 bits of offsets inside a map", first=1)
+    if reason is not None:
+        return reason
+    if choose_geometry(p, facts, {}) is None:
+        return f"map {p.spatial}: {facts} has too little shared memory."
+    return None
+
+
+def clocks(call: Call, facts: DeviceFacts) -> float:
+    """By the cost model: phases and units of the maps of the busiest multiprocessor."""
+    p = call.problem
+    g = choose_geometry(p, facts, {})
+    assert g is not None  # refused
+    slices = g.slices(facts)
+    maps = ceil(p.batch / slices) * ceil(p.heads * g.map_groups * slices / facts.multiprocessors)
+    return _LAUNCH + maps * (_PHASE * ceil(g.pairs / g.at_once) + _UNIT * g.bands * g.units)
+
+
+#: Some of drpb's sums, which a map needs once or twice, wait in local memory: up to 10 of 24 registers, by compiler.
+_KERNEL = KernelInfo("resident_backward", ("sm_80+",), max_registers=255, max_shared_bytes=0, max_spilled_bytes=240)
+CANDIDATE = Candidate(
+    "resident",
+    (_KERNEL, SUM_DRPB),
+    OPTIONS,
+    refusal,
+    plan,
+    partial(listed.small_windows, "backward"),
+    directions=("backward",),
+    clocks=clocks,
+)

@@ -1,0 +1,133 @@
+"""The resident backward's own source, run on the host lane by lane (see tests/host), against the reference."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from natcore.compiling import SOURCES
+from natcore.planning import Config, DeviceFacts, Plan, plan_for
+from natcore.problem import OPERANDS, call_of, problem_of
+from tests import host
+from tests.cases import Case, check
+from tests.test_general_kernels import view
+from tests.test_host_backward import Arrays, prepared
+from tests.test_host_marching import FACTS
+from tests.test_resident import ABLE, BY_NAME, OPTIONS
+
+pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
+STAGE = BY_NAME["stage"]
+SMALL = replace(BY_NAME["kernel_is_extent"], heads=1, heads_kv=1)
+OLDER = replace(FACTS, arch="sm_80")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("host_resident")
+
+
+def planned(case: Case, arrays: Arrays, options: dict[str, int], facts: DeviceFacts) -> Plan:
+    views = {n: view(arrays[n]) for n in OPERANDS["backward"] if n in arrays}
+    call = call_of("backward", problem_of(case.window, views), views)
+    return plan_for(call, facts, Config("resident", tuple(options.items())))
+
+
+def judge(
+    case: Case,
+    dtype: str,
+    folder: Path,
+    options: dict[str, int] | None = None,
+    facts: DeviceFacts = FACTS,
+    absent: tuple[str, ...] = (),
+    **how,
+) -> Arrays:
+    """Runs a case, checks it and returns its results; ``how`` is for `run_blocks`."""
+    arrays, results = prepared(case, dtype, absent)
+    present = {n: x for n, x in (arrays | results).items() if n not in absent}
+    plan = planned(case, present, options or {}, facts)
+    pointers = [present[n].ctypes.data if n in present else 0 for n in OPERANDS["backward"]]
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    workspace = host.aligned_bytes(plan.workspace_bytes)
+    host.run_blocks(plan, pointers, scale, workspace.ctypes.data, folder, **how)
+    check(case, dtype, arrays, results, saved_out=True)
+    return results
+
+
+@pytest.mark.parametrize("case", ABLE, ids=lambda case: case.name)
+def test_cases(case: Case, folder: Path) -> None:
+    few = {"batch": min(case.batch, 3), "heads": min(case.heads, 2), "heads_kv": min(case.heads_kv, 2)}
+    judge(replace(case, **few), "float16", folder)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_other_launches(options: str, folder: Path) -> None:
+    judge(BY_NAME["unequal_head_dims"], "bfloat16", folder, OPTIONS[options])
+
+
+def test_rounds(folder: Path) -> None:
+    """Blocks that take several maps, and some that have none left."""
+    judge(replace(SMALL, batch=5), "float16", folder, facts=replace(FACTS, multiprocessors=1))
+
+
+@pytest.mark.parametrize("absent", [("d_lse",), ("dk",), ("dv", "drpb"), ("dq", "drpb"), ("dq", "dk", "dv")])
+def test_what_may_be_absent(absent: tuple[str, ...], folder: Path) -> None:
+    results = judge(SMALL, "float16", folder, absent=absent)
+    assert set(results) == {"dq", "dk", "dv", "drpb"} - set(absent)
+
+
+@pytest.mark.parametrize("order", [host.Order.EAGER, 2, 3])
+def test_any_order(order: int, folder: Path) -> None:
+    """Whichever thread is first and whenever copies land, the results are the same to the bit."""
+    first, again = judge(STAGE, "float16", folder), judge(STAGE, "float16", folder, order=order)
+    for name, result in first.items():
+        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+
+
+def test_older_architecture(folder: Path) -> None:
+    judge(SMALL, "bfloat16", folder, facts=OLDER)
+
+
+# ---- that defects are noticed ----
+
+KERNEL = "kernels/resident_backward.cu"
+# In which file what becomes what, and how it shows.
+DEFECTS = {
+    "nobody waits for a map": (KERNEL, "    cp_async_wait_all();\n", "", "not finite|error"),
+    "units are read too soon": (KERNEL, "      __syncthreads();  // all units are there", "", "not finite|error"),
+    "rows that a band does not see count": (
+        KERNEL,
+        "band < BANDS && 0 <= row && row < BLOCK_ROWS ?",
+        "band < BANDS ?",
+        "d[kv]: error|not finite",
+    ),
+    "columns are not masked": (KERNEL, "bits |= 1u <<", "bits |= 0u <<", "error"),
+    "delta with the wrong sign": ("common/resident_weights.cuh", "[lane] -= delta;", "[lane] += delta;", "dq: error"),
+    "half of the bands is left out of drpb": (
+        KERNEL,
+        "band < BANDS; band += 4",
+        "band < BANDS; band += 8",
+        "drpb: error",
+    ),
+    "a group more than there is": (
+        "common/resident_keys.cuh",
+        "slot + 2 <= count",
+        "slot + 1 <= count",
+        "d[kv]: error|not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
+    file, text, replacement, error = DEFECTS[defect]
+    sources = tmp_path / "cuda_src"
+    shutil.copytree(SOURCES, sources)
+    source = (sources / file).read_text()
+    assert source.count(text) == 1
+    (sources / file).write_text(source.replace(text, replacement))
+    with pytest.raises((host.BlockError, AssertionError), match=error):
+        judge(STAGE, "float16", folder, order=host.Order.LATE, sources=sources)
