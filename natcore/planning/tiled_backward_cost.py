@@ -97,10 +97,11 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int],
 def max_warps(g: Geometry, facts: DeviceFacts) -> int:
     """Warps of a multiprocessor that have the registers they need, without spills."""
     steps = sum(ceil(n / 16) for n in (g.problem.head_dim, g.problem.head_dim_v))
+    scarce = g.tile[1] <= 4 and capability(facts.arch) >= 100
     if g.problem.dtype == "float32":
-        return LONG_WARPS
+        return 0 if scarce and g.own_stages == 2 else LONG_WARPS
     warps = next(warps for most, warps in WARPS[g.of] if steps <= most)
-    return min(warps, SQUARE) if g.tile[1] <= 4 and capability(facts.arch) >= 100 else warps
+    return min(warps, SQUARE) if scarce else warps
 
 
 def cost(g: Geometry, facts: DeviceFacts) -> float:

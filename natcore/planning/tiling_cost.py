@@ -39,11 +39,11 @@ class Rates(NamedTuple):
     latency: float
     wait: float
     copy: float
+    spill: float  # factor, where a kernel needs more registers than its warps leave it
 
 
-SHORT = Rates(10, 180, 19, 6, 2.5, 6.0, 2100, 0)  # of 16-bit elements
-LONG = Rates(8, 490, 80, 56, 2.8, 3.4, 0, 10.3)  # of float32
-SPILL = 1.25  # factor, where a kernel needs more registers than its warps leave it
+SHORT = Rates(10, 180, 19, 6, 2.5, 6.0, 2100, 0, 1.25)  # of 16-bit elements
+LONG = Rates(8, 890, 31, 92, 4.0, 3.1, 1550, 10.4, 3)  # of float32
 REGISTERS = 65536  # of a multiprocessor
 RESERVED_SHARED = 1024  # bytes of shared memory of every block
 
@@ -89,8 +89,9 @@ def _registers(g: Geometry) -> tuple[int, int]:
     each_quarter = ceil(g.warps * g.blocks_per_sm / 4)  # a multiprocessor's warps live in four quarters
     left = min(255, REGISTERS // 4 // 32 // each_quarter // 8 * 8)
     if p.dtype == "float32":
-        scores = 8 * g.blocks + 30 if g.kept else 4 * g.chunk + (30 if g.chunk < g.blocks else 0)
-        return 70 + scores + p.head_dim_v // 2, left
+        more = 4 * g.blocks + 25 if g.kept else 30 if g.chunk < g.blocks else 0
+        more += 36 if g.chunk > 11 else 0  # read off kernels for sm_90 and sm_100
+        return 72 + 4 * g.chunk + more + p.head_dim_v // 2, left
     output = p.head_dim // 4 + p.head_dim_v // 2 + 4
     need = 30 + 8 * g.blocks if g.kept else 58 + (14 if g.halo[2] % 8 else 0) + 4 * min(g.chunk, g.blocks)
     return need + output, left
@@ -138,7 +139,7 @@ def cost(g: Geometry, shared_bytes: int, multiprocessors: int, work: Work | None
     instructions = SETUP * g.warps + g.rounds * (load + turns * existing * tile)
     need, left = _registers(g)
     issued = min(rates.issue, resident * g.warps / rates.latency)
-    clocks = instructions * resident / issued * (SPILL if need > left else 1)
+    clocks = instructions * resident / issued * (rates.spill if need > left else 1)
     clocks += (rates.wait + rates.copy * _span_bytes(g) / 1024) * (g.rounds if g.stages == 1 else 1)
     waves = g.grid / (multiprocessors * resident)
     return clocks * (waves + TAIL if waves > 1 else 1)

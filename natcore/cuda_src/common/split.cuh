@@ -6,7 +6,8 @@
 //   a b = low_a high_b + high_a low_b + high_a high_b
 //
 // up to 2^-20 of |a b|: the product of both low parts, and the bits beyond them (three products: Markidis et al., 2018;
-// Ootomo and Yokota, 2022). These errors mostly cancel in a sum; benchmarks/results/float32.md has what is left.
+// Ootomo and Yokota, 2022). Where one of the factors is split once for many products, its `high` is rounded to nearest,
+// so that products of low parts have either sign; benchmarks/results/float32.md has what is left.
 #pragma once
 
 #include "ptx/load.cuh"
@@ -18,17 +19,17 @@ struct Split {
   unsigned high[COUNT], low[COUNT];
 
   Split() = default;
-  __device__ __forceinline__ explicit Split(const unsigned* values) {
+  __device__ __forceinline__ explicit Split(const unsigned* values, bool rounded = false) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      high[i] = values[i];
-      low[i] = __float_as_uint(__uint_as_float(values[i]) - __uint_as_float(values[i] & 0xffffe000u));
+      high[i] = rounded ? values[i] + 0x1000u : values[i];
+      low[i] = __float_as_uint(__uint_as_float(values[i]) - __uint_as_float(high[i] & 0xffffe000u));
     }
   }
 };
 
-// SMALL = A B + C of the smaller products, and D += A B of the largest. A tensor core rounds sums towards zero: where
-// the two are added up at the very end, two thirds of these roundings are of small sums.
+// The smaller products of A B, plus C; and the largest one. A tensor core rounds sums towards zero: where the two are
+// summed apart and added up at the end, two thirds of these roundings are of small sums.
 __device__ __forceinline__ void multiply_small(float (&small)[4], const Split<4>& a, const Split<2>& b,
                                                const float (&c)[4]) {
   mma_tf32_m16n8k8(small, a.low, b.high[0], b.high[1], c);

@@ -24,7 +24,7 @@ struct Queries {
 #pragma unroll
       for (unsigned& element : a) element = __float_as_uint(factor * __uint_as_float(element));
     }
-    return Split<4>(a);
+    return Split<4>(a, true);
   }
 };
 

@@ -26,32 +26,33 @@ struct OwnRows {
 #pragma unroll
       for (unsigned& element : r) element = __float_as_uint(factor * __uint_as_float(element));
     }
-    return Split<4>(r);
+    return Split<4>(r, true);
   }
 };
 
-constexpr bool LONG_SUMS = D > 32 || V > 32;  // whose smaller products are worth registers of their own
+constexpr bool LONG_SUMS = D > 64 || V > 64;  // whose smaller products are worth registers of their own
 
 // C = start + own seen^T: two n8 sides, of a lane's seen token at `seen`, whose chunks lie as those of slot `token` do.
 template <int PADDED>
 __device__ __forceinline__ void multiply(float (&c)[2][4], const float (&first)[4], const float (&second)[4],
                                          const OwnRows<PADDED>& own, unsigned seen, unsigned token, unsigned lane) {
+  constexpr int AT_ONCE = OWN_STAGES == 1 ? PADDED / 8 : 2;  // steps whose operands are in registers
   float small[2][4] = {};
 #pragma unroll
+  for (int i = 0; i < 4; ++i) c[0][i] = first[i], c[1][i] = second[i];
+#pragma unroll AT_ONCE
   for (int step = 0; step < PADDED / 8; ++step) {
     unsigned r[4];
     ldmatrix_x4(r, seen + Row<PADDED>::chunk(token % 8, 2 * step + lane / 8 % 2));
     const Split<4> a = OWN_STAGES == 1 ? own.a[OWN_STAGES == 1 ? step : 0] : own.load(step, lane);
-    const float(&from)[2][4] = c;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       const Split<2> b(r + 2 * side);
-      const float(&start)[4] = step > 0 ? from[side] : side == 0 ? first : second;
       if (LONG_SUMS) {
         multiply_small(small[side], a, b, small[side]);
-        multiply_high(c[side], a, b, start);
+        multiply_high(c[side], a, b, c[side]);
       } else {
-        multiply(c[side], a, b, start);
+        multiply(c[side], a, b, c[side]);
       }
     }
   }
@@ -66,18 +67,23 @@ __device__ __forceinline__ unsigned transposed_token(int lane) { return lane % 4
 template <int PADDED>
 __device__ __forceinline__ void accumulate(float (&c)[PADDED / 8][4], const float (&weights)[2][4], unsigned seen,
                                            unsigned token, unsigned lane) {
+  const Split<2> its[2][2] = {{transposed(weights[0], 0), transposed(weights[0], 1)},
+                              {transposed(weights[1], 0), transposed(weights[1], 1)}};
+  seen += lane / 4 % 2 * 8;
 #pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const Split<2> upper = transposed(weights[side], 0), lower = transposed(weights[side], 1);
-    const unsigned its = seen + side * (SIDE_SLOTS * Row<PADDED>::PITCH) + lane / 4 % 2 * 8;
+  for (int n = 0; n < PADDED / 8; n += 2) {
+    float sum[2][4] = {};  // of a step: long sums are rounded to nearest
 #pragma unroll
-    for (int n = 0; n < PADDED / 8; n += 2) {
+    for (int side = 0; side < 2; ++side) {
       const int chunk = 2 * n + lane / 8;
-      const Split<4> a = load_transposed(its + Row<PADDED>::chunk(token % 8, chunk),
-                                         its + Row<PADDED>::PITCH + Row<PADDED>::chunk((token + 1) % 8, chunk));
-      multiply(c[n], a, upper, c[n]);
-      multiply(c[n + 1], a, lower, c[n + 1]);
+      const unsigned at = seen + side * (SIDE_SLOTS * Row<PADDED>::PITCH);
+      const Split<4> a = load_transposed(at + Row<PADDED>::chunk(token % 8, chunk),
+                                         at + Row<PADDED>::PITCH + Row<PADDED>::chunk((token + 1) % 8, chunk));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) multiply(sum[h], a, its[side][h], sum[h]);
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) c[n + i / 4][i % 4] += sum[i / 4][i % 4];
   }
 }
 

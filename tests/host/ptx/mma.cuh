@@ -60,6 +60,7 @@ struct Mma {
   }
 };
 
+// As a tensor core does it, sums are rounded towards zero.
 inline void mma_tf32_m16n8k8(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, const float (&c)[4]) {
   struct Operands {
     unsigned a[4], b[2];
@@ -77,7 +78,8 @@ inline void mma_tf32_m16n8k8(float (&d)[4], const unsigned (&a)[4], unsigned b0,
       for (int i = 0; i < 4; ++i) {
         double sum = all[lane]->c[i];
         for (int k = 0; k < 8; ++k) sum += of_a[lane / 4 + i / 2 * 8][k] * of_b[k][lane % 4 * 2 + i % 2];
-        all[lane]->c[i] = static_cast<float>(sum);
+        const float nearest = static_cast<float>(sum);
+        all[lane]->c[i] = fabs(nearest) > fabs(sum) ? nextafterf(nearest, 0.f) : nearest;
       }
   });
   for (int i = 0; i < 4; ++i) d[i] = mine.c[i];
