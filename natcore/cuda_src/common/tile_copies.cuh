@@ -29,7 +29,8 @@ __device__ __forceinline__ void load_span(unsigned shared, const Element* base, 
       } else {
         const int x2 = (first + lane) / CHUNKS - lane / CHUNKS, c = (first + lane) % CHUNKS;
         cp_async_16(target + x2 * PITCH + Row<D>::chunk(slot + x2, c),
-                    source + (static_cast<long long>(x2) * s.step[2] + (c - lane % CHUNKS) * CHUNK_ELEMENTS), x2 < rest);
+                    source + (static_cast<long long>(x2) * s.step[2] + (c - lane % CHUNKS) * CHUNK_ELEMENTS),
+                    x2 < rest);
       }
     }
   }

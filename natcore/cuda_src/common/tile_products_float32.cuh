@@ -16,7 +16,8 @@ struct Queries {
   unsigned stage;
   float factor;
 
-  __device__ __forceinline__ Queries(unsigned its_stage, float its_factor, int) : stage(its_stage), factor(its_factor) {}
+  __device__ __forceinline__ Queries(unsigned its_stage, float its_factor, int)
+      : stage(its_stage), factor(its_factor) {}
   __device__ __forceinline__ Split<4> step(int c, int lane) const {
     unsigned a[4];
     ldmatrix_x4(a, stage + lane % 16 * K_PITCH + Row<HEAD_DIM>::chunk(lane % 16, 2 * c + lane / 16));

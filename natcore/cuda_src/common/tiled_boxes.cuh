@@ -23,7 +23,8 @@
 //
 // The last tile of an axis is moved back inside the map and stores only the tokens that no other tile owns.
 //
-// Defines: OWN_KEYS, ELEMENT, FLOAT32 (that this is float32), RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, HEADS_PER_KV, TILE_1, TILE_2, REGION_1,
+// Defines: OWN_KEYS, ELEMENT, FLOAT32 (that this is float32), RPB (undefined = no bias),
+// HEAD_DIM, HEAD_DIM_V, HEADS_PER_KV, TILE_1, TILE_2, REGION_1,
 // REGION_2, SPAN_1 (rows, one more where steps have two), SPAN_2 (columns, a multiple of 8), STAGES (planes in shared
 // memory), BLOCKS_PER_SM; LINES and STEPS (the most of a plane of a box), PLANES (of a box); TABLE_ROW (pitch of the
 // difference table) and, for a = 0, 1, 2, KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a and the difference table's

@@ -1,4 +1,4 @@
-// The tiled backward's products, of float32 elements (see common/split.cuh), and what comes and goes in their registers.
+// The tiled backward's products, of float32 elements (see common/split.cuh), and what comes and goes in registers.
 // (common/tiled_products.cuh has the same for 16-bit elements.)
 #pragma once
 

@@ -14,7 +14,8 @@
 // The last tile of an axis is moved back inside the map and stores only the queries that no other tile
 // owns; a halo that would leave the map at its end is moved back too. Slots beyond the map hold zeros.
 //
-// Defines: ELEMENT, FLOAT32 (that this is float32), RPB (undefined = no bias), HEAD_DIM, HEAD_DIM_V, RANK, THREADS, BLOCKS_PER_SM, STAGES
+// Defines: ELEMENT, FLOAT32 (that this is float32), RPB (undefined = no bias),
+// HEAD_DIM, HEAD_DIM_V, RANK, THREADS, BLOCKS_PER_SM, STAGES
 // (spans in shared memory), LOOPED (a block takes several batch entries), CHUNK (n8 blocks of scores held
 // at once), KEPT (a warp has one tile, whose accumulators stay in registers from one batch entry to the
 // next) and, for a = 0, 1, 2: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a, TILE_a, REGION_a, HALO_a, SPAN_a, and

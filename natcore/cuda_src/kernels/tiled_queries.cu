@@ -49,7 +49,8 @@ struct Queries {
   __device__ __forceinline__ void load_own(const Region& region, const Tile& tile, int own) const {
     const unsigned at = shared_address(shared) + own_at(own);
     ::load_own<HEAD_DIM, D>(at, tile.base(q, params.q, region, head), params.q, tile, lane);
-    ::load_own<HEAD_DIM_V, V>(at + 16 * D_PITCH, tile.base(d_out, params.d_out, region, head), params.d_out, tile, lane);
+    ::load_own<HEAD_DIM_V, V>(at + 16 * D_PITCH, tile.base(d_out, params.d_out, region, head), params.d_out, tile,
+                              lane);
   }
   // Loads what goes through registers.
   __device__ __forceinline__ void announce(State& state, const Region& region, const Tile& tile) const {
