@@ -46,10 +46,13 @@ def recomputed(function: Callable[[Tensor], _T], x: Tensor) -> _T:
     return checkpoint(function, x, use_reentrant=False)  # type: ignore[return-value]
 
 
-@torch.compiler.assume_constant_result
 def is_exporting() -> bool:
     """Asked when Python runs: some versions of Dynamo, tracing torch.compiler.is_exporting, take it for true."""
     return torch.compiler.is_exporting()
+
+
+# As torch.compiler.assume_constant_result does, which would import Dynamo, and Triton where there is one.
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_saving_taken() -> bool:

@@ -177,7 +177,7 @@ def rows_of_bands(rows: Axis) -> int:
 
 
 def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int]) -> Iterator[Geometry]:
-    """Those that fit a GPU and have the options, the preferred first: the most pairs of a phase."""
+    """Those that fit a GPU and have the options, the preferred first: the most pairs of a phase, then of blocks."""
     rows, columns = axes_of(problem)
     if max(rows.lengths[0], columns.lengths[0]) > MOST or rows_of_bands(rows) > BLOCK_ROWS:
         return
@@ -189,10 +189,11 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int])
         its = min(options.get("at_once", at_once), shape.pairs)
         halves = shape.bands * shape.halves
         warps = min(max(halves + _COPIERS, 2 * its), _WARPS)
-        values = {"warps": warps, "blocks_per_sm": max(_WARPS // warps, 1), **options, "at_once": its}
-        g = Geometry(problem, shape.shift, **values)
-        if halves <= g.warps <= _WARPS and g.columns <= 8 * g.warps and g.fits(facts):
-            yield g
+        for blocks in range(max(_WARPS // warps, 1), 0, -1):
+            values = {"warps": warps, "blocks_per_sm": blocks, **options, "at_once": its}
+            g = Geometry(problem, shape.shift, **values)
+            if halves <= g.warps <= _WARPS and g.columns <= 8 * g.warps and g.fits(facts):
+                yield g
 
 
 def choose_geometry(problem: Problem, facts: DeviceFacts, options: Mapping[str, int]) -> Geometry | None:

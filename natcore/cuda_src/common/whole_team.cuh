@@ -44,7 +44,7 @@ __device__ __forceinline__ void copy_rows(unsigned shared, const Element* map, c
 #pragma unroll
     for (int i = 0; i < TILES; i += SPLIT) {
       const int n = i + part;
-      if (i + SPLIT <= TILES || n < TILES) cp_async_16_once(to + n * TILE_ROWS * Rows::PITCH, from + s.of_tile(n));
+      if (i + SPLIT <= TILES || n < TILES) cp_async_16(to + n * TILE_ROWS * Rows::PITCH, from + s.of_tile(n), true);
     }
   }
 }

@@ -8,16 +8,6 @@ __device__ __forceinline__ void cp_async_16(unsigned shared, const void* global,
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
-// 16 bytes, as above, that nobody reads again soon: L2 gives them up before what it held already, which it may have to
-// write back. (Without `present`: with the hint and a size of their own, copies ended in an illegal instruction on an
-// H200.)
-__device__ __forceinline__ void cp_async_16_once(unsigned shared, const void* global) {
-  unsigned long long policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "l"(policy)
-               : "memory");
-}
-
 // As `cp_async_16`, BYTES = 4 or 8 at addresses that are multiples of it.
 template <int BYTES>
 __device__ __forceinline__ void cp_async_small(unsigned shared, const void* global, bool present) {

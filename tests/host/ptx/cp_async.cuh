@@ -10,7 +10,6 @@ inline void cp_async_16(unsigned shared, const void* global, bool present) {
   host::issue({host::Copy::BYTES, shared, present ? global : nullptr});
 }
 
-inline void cp_async_16_once(unsigned shared, const void* global) { cp_async_16(shared, global, true); }
 
 template <int BYTES>
 inline void cp_async_small(unsigned shared, const void* global, bool present) {
