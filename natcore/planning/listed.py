@@ -56,9 +56,12 @@ def _unfused() -> tuple[Call, ...]:
 
 def small_windows_float32(*directions: Direction) -> tuple[Call, ...]:
     """As `small_windows`, of float32."""
-    calls = [call for call in small_windows(*directions) if call.problem.dtype == "float16"]
-    problems = [(call.direction, replace(call.problem, dtype="float32")) for call in calls]
-    return tuple(contiguous_call(direction, problem) for direction, problem in problems)
+    return tuple(
+        contiguous_call(direction, replace(call.problem, dtype="float32"))
+        for direction in directions
+        for call in small_windows(direction)
+        if call.problem.dtype == "float16"
+    )
 
 
 def small_windows(*directions: Direction) -> tuple[Call, ...]:
