@@ -132,6 +132,14 @@ def first_forwards(device: torch.device) -> dict[str, float]:
         return {state: float(_python("-c", code, **environment)) for state in ("cold cache", "warm cache")}
 
 
+def page(report: LatencyReport) -> str:
+    cells = [
+        [what, f"{figure:.4g}" if isinstance(figure, float) else figure, unit] for what, figure, unit in report.rows
+    ]
+    lines = ["# What the host pays", "", *reports.machine_lines(report.machine)]
+    return "\n".join([*lines, *reports.table(["what", "figure", "unit"], cells), ""])
+
+
 def main(arguments: list[str] | None = None) -> LatencyReport:
     parser = argparse.ArgumentParser("benchmarks.latency", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -152,14 +160,9 @@ def main(arguments: list[str] | None = None) -> LatencyReport:
             report.rows += [(f"{part}: {name}", figure, unit) for name, figure in measure().items()]
         except Exception as error:  # noqa: BLE001 - one part that fails must not hide the others
             report.rows.append((part, f"{type(error).__name__}: {error}".splitlines()[0][:160].replace("|", "/"), ""))
-    cells = [
-        [what, f"{figure:.4g}" if isinstance(figure, float) else figure, unit] for what, figure, unit in report.rows
-    ]
-    lines = ["# What the host pays", "", *reports.machine_lines(report.machine)]
-    page = "\n".join([*lines, *reports.table(["what", "figure", "unit"], cells), ""])
-    print(page)
-    if options.out:
-        reports.write(asdict(report), options.out, options.name, page)
+        if options.out:  # each part as it comes
+            reports.write(asdict(report), options.out, options.name, page(report))
+    print(page(report))
     return report
 
 
