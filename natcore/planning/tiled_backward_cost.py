@@ -54,7 +54,7 @@ WARPS: dict[Pass, tuple[tuple[int, int], ...]] = {
     "keys": ((4, 14), (6, 12), (16, 8)),
 }
 LONG_WARPS = 8  # of float32
-SQUARE = 12  # warps, for tiles of 4 columns, where compilers for sm_100 and later want more registers
+SCARCE = 12  # warps, for tiles of 4 columns and for keys, where compilers for sm_100 and later want more registers
 RESERVED = 1024  # bytes of shared memory that the driver takes from every block
 
 
@@ -97,11 +97,11 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int],
 def max_warps(g: Geometry, facts: DeviceFacts) -> int:
     """Warps of a multiprocessor that have the registers they need, without spills."""
     steps = sum(ceil(n / 16) for n in (g.problem.head_dim, g.problem.head_dim_v))
-    scarce = g.tile[1] <= 4 and capability(facts.arch) >= 100
+    narrow, newer = g.tile[1] <= 4, capability(facts.arch) >= 100
     if g.problem.dtype == "float32":
-        return 0 if scarce and g.own_stages == 2 else LONG_WARPS
+        return 0 if newer and narrow and g.own_stages == 2 else LONG_WARPS
     warps = next(warps for most, warps in WARPS[g.of] if steps <= most)
-    return min(warps, SQUARE) if scarce else warps
+    return min(warps, SCARCE) if newer and (narrow or g.of == "keys") else warps
 
 
 def cost(g: Geometry, facts: DeviceFacts) -> float:
