@@ -174,13 +174,18 @@ class Run:
             assert all(torch.equal(t, first[n]) for n, t in self.results.items())
 
 
+def backward(case: Case, dtype: str, config: Config | None, with_d_lse: bool = True) -> None:
+    """Runs a case under a config, the planner's own if None, and checks it."""
+    run = Run(case, dtype, config, with_d_lse)
+    run()
+    run.check()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ABLE + MORE, ids=lambda case: case.name)
 def test_cases(case: Case, dtype: str) -> None:
-    run = Run(case, dtype, None)
-    run()
-    run.check()
+    backward(case, dtype, None)
 
 
 @pytest.mark.gpu
@@ -188,6 +193,4 @@ def test_cases(case: Case, dtype: str) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(case=random_case().map(fitting).filter(able), dtype=st.sampled_from(DTYPES))
 def test_random_problems(case: Case, dtype: str) -> None:
-    run = Run(case, dtype, None)
-    run()
-    run.check()
+    backward(case, dtype, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from natcore.compiling import SOURCES
 from natcore.planning import DeviceFacts, Plan, plan_for
 from natcore.problem import OPERANDS, RESULTS, call_of, problem_of
 from tests import host
@@ -213,11 +211,7 @@ DEFECTS = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
     case, options, file, text, replacement, error, order = DEFECTS[defect]
-    sources = tmp_path / "cuda_src"
-    shutil.copytree(SOURCES, sources)
-    source = (sources / file).read_text()
-    assert source.count(text) == 1
-    (sources / file).write_text(source.replace(text, replacement))
+    sources = host.with_defect(tmp_path, file, text, replacement)
     with pytest.raises((host.BlockError, AssertionError), match=error):
         judge(case, "float16", folder, options, order=order, sources=sources)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from natcore.compiling import SOURCES
 from natcore.planning import Config, DeviceFacts, Plan, facts_for_arch, plan_for
 from natcore.problem import OPERANDS, call_of, problem_of
 from tests import host
@@ -181,11 +179,7 @@ DEFECTS = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
     file, text, replacement, error, order = DEFECTS[defect]
-    sources = tmp_path / "cuda_src"
-    shutil.copytree(SOURCES, sources)
-    source = (sources / file).read_text()
-    assert source.count(text) == 1
-    (sources / file).write_text(source.replace(text, replacement))
+    sources = host.with_defect(tmp_path, file, text, replacement)
     with pytest.raises((host.BlockError, AssertionError), match=error):
         judge(BLOCK, "float16", folder, OPTIONS["one producer"], order=order, sources=sources)
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from natcore.compiling import SOURCES
 from natcore.planning import Config, DeviceFacts, Plan, plan_for
 from natcore.problem import OPERANDS, call_of, problem_of
 from tests import host
 from tests.cases import Case, check
 from tests.test_general_kernels import view
-from tests.test_host_backward import Arrays, prepared
-from tests.test_host_marching import FACTS
+from tests.test_host_backward import Arrays, execute, prepared
+from tests.test_host_marching import FACTS, OLDER
 from tests.test_resident import ABLE, BY_NAME, OPTIONS
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
 STAGE = BY_NAME["stage"]
 SMALL = replace(BY_NAME["kernel_is_extent"], heads=1, heads_kv=1)
-OLDER = replace(FACTS, arch="sm_80")
 
 
 @pytest.fixture(scope="session")
@@ -49,10 +46,7 @@ def judge(
     arrays, results = prepared(case, dtype, absent)
     present = {n: x for n, x in (arrays | results).items() if n not in absent}
     plan = planned(case, present, options or {}, facts)
-    pointers = [present[n].ctypes.data if n in present else 0 for n in OPERANDS["backward"]]
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    workspace = host.aligned_bytes(plan.workspace_bytes)
-    host.run_blocks(plan, pointers, scale, workspace.ctypes.data, folder, **how)
+    execute(case, plan, present, folder, **how)
     check(case, dtype, arrays, results, saved_out=True)
     return results
 
@@ -124,10 +118,6 @@ DEFECTS = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
     file, text, replacement, error = DEFECTS[defect]
-    sources = tmp_path / "cuda_src"
-    shutil.copytree(SOURCES, sources)
-    source = (sources / file).read_text()
-    assert source.count(text) == 1
-    (sources / file).write_text(source.replace(text, replacement))
+    sources = host.with_defect(tmp_path, file, text, replacement)
     with pytest.raises((host.BlockError, AssertionError), match=error):
         judge(STAGE, "float16", folder, order=host.Order.LATE, sources=sources)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from natcore.compiling import SOURCES
 from natcore.planning import Config, DeviceFacts, plan_for, refusal, tiled_backward
 from natcore.planning.listed import contiguous_call
 from natcore.problem import OPERANDS, call_of, problem_of
@@ -172,11 +170,7 @@ DEFECTS = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
     file, text, replacement, error = DEFECTS[defect]
-    sources = tmp_path / "cuda_src"
-    shutil.copytree(SOURCES, sources)
-    source = (sources / file).read_text()
-    assert source.count(text) == 1
-    (sources / file).write_text(source.replace(text, replacement))
+    sources = host.with_defect(tmp_path, file, text, replacement)
     options = {"region0": 1, "region1": 2, "blocks_per_sm": 1, "stages": 1}
     order = 2 if "overwritten" in defect else host.Order.LATE
     dtype = "float32" if "float32" in file else "float16"

@@ -18,7 +18,7 @@ from natcore.planning.listed import contiguous_call
 from natcore.planning.resident_geometry import BAND, BLOCK_COLUMNS, BLOCK_ROWS, GROUP_COLUMNS, choose_geometry
 from natcore.problem import Call, Problem, Window
 from tests.cases import CASES, Case, random_case
-from tests.test_fast_backward import DTYPES, FACTS, Run, fitting, problem_for
+from tests.test_fast_backward import DTYPES, FACTS, Run, backward, fitting, problem_for
 
 WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
 PLAIN = {"head_dim": 16, "head_dim_v": 24}
@@ -148,12 +148,6 @@ def test_workspace_is_small() -> None:
 
 
 # ---- on a GPU ----
-
-
-def backward(case: Case, dtype: str, config: Config, with_d_lse: bool = True) -> None:
-    run = Run(case, dtype, config, with_d_lse)
-    run()
-    run.check()
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from natcore.planning.whole_geometry import MAX_TILES, axes_of, choose_geometry,
 from natcore.problem import Call, Direction, Problem, Window
 from tests import test_fast_forward
 from tests.cases import CASES, Case, check, inputs, random_case
-from tests.test_fast_backward import DTYPES, FACTS, Run, fitting, problem_for
+from tests.test_fast_backward import DTYPES, FACTS, Run, backward, fitting, problem_for
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
@@ -200,12 +200,6 @@ def forward(case: Case, dtype: str, config: Config, seed: int = 0) -> dict[str, 
     results = test_fast_forward.run(case, dtype, arrays, config)
     check(case, dtype, arrays, results)
     return results
-
-
-def backward(case: Case, dtype: str, config: Config, with_d_lse: bool = True) -> None:
-    run = Run(case, dtype, config, with_d_lse)
-    run()
-    run.check()
 
 
 @pytest.mark.gpu

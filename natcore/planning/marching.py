@@ -13,7 +13,7 @@ from functools import partial
 from natcore.planning import listed
 from natcore.planning.marching_cost import choose_geometry, cost
 from natcore.planning.marching_geometry import PASSES, Geometry, Pass
-from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
+from natcore.planning.operands import alignment, layout_of_two_axes, refusal_of_elements, refusal_of_strides
 from natcore.planning.passes import KEYS, options_of, scalars_bytes
 from natcore.planning.plan import (
     Candidate,
@@ -38,16 +38,6 @@ _QUERIES = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq")
 _KEYS = ("rpb", "dk", "dv", "drpb")
 
 
-def _layout(call: Call, name: str, g: Geometry) -> bytes:
-    """struct Layout of one operand; of absent ones, zeros."""
-    strides = strides_of(call, name)
-    if strides is None:
-        return bytes(32)
-    batch, axis, head = strides
-    step = [s * x.dilation for s, x in zip(axis, g.axes, strict=True)]
-    return struct.pack("=q5i4x", batch, head, *axis, *(axis if name in ("rpb", "drpb") else step))
-
-
 def _launch(
     call: Call, facts: DeviceFacts, g: Geometry, params: tuple[str | Param, ...], more: tuple[int, ...] = ()
 ) -> Launch:
@@ -55,7 +45,7 @@ def _launch(
     ``more``: integers at the end of struct Params."""
     p, slices = call.problem, g.slices(facts)
     numbers = (*p.spatial, p.batch, p.heads // p.heads_kv, g.bands, g.strips, g.head_groups, slices)
-    layouts = b"".join(_layout(call, name, g) for name in params if isinstance(name, str))
+    layouts = b"".join(layout_of_two_axes(call, name) for name in params if isinstance(name, str))
     constants = struct.pack("=8i", *numbers) + layouts + struct.pack(f"={len(more)}i", *more)
     constants += bytes(-len(constants) % 8)
     index = OPERANDS[call.direction].index

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 from natcore.planning.plan import DeviceFacts, capability
 from natcore.problem import OPERANDS, Call
 from natcore.views import ITEM_SIZES
@@ -25,6 +27,16 @@ def strides_of(call: Call, name: str) -> tuple[int, tuple[int, ...], int] | None
     if name in ("lse", "d_lse"):
         return strides[0], strides[1:-1], strides[-1]
     return strides[0], strides[1:-2], strides[-2]
+
+
+def layout_of_two_axes(call: Call, name: str) -> bytes:
+    """struct Layout, of the kernels of two-dimensional maps, of one operand; of absent ones, zeros."""
+    strides = strides_of(call, name)
+    if strides is None:
+        return bytes(32)
+    batch, axis, head = strides
+    step = [s * d for s, d in zip(axis, call.problem.window.dilation, strict=True)]
+    return struct.pack("=q5i4x", batch, head, *axis, *(axis if name in ("rpb", "drpb") else step))
 
 
 def refusal_of_elements(call: Call, facts: DeviceFacts, kernel: str, float32: bool = False) -> str | None:

@@ -12,7 +12,8 @@ from functools import partial
 from math import ceil
 
 from natcore.planning import listed
-from natcore.planning.operands import alignment, refusal_of_elements, refusal_of_strides, strides_of
+from natcore.planning.marching_geometry import axes_of
+from natcore.planning.operands import alignment, layout_of_two_axes, refusal_of_elements, refusal_of_strides
 from natcore.planning.partials import SUM_DRPB, sum_drpb
 from natcore.planning.plan import (
     Candidate,
@@ -31,8 +32,6 @@ from natcore.planning.resident_geometry import (
     BLOCK_ROWS,
     MAX_HEAD_DIM,
     MOST,
-    Geometry,
-    axes_of,
     choose_geometry,
     rows_of_bands,
 )
@@ -43,16 +42,6 @@ _OPERANDS = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq", "dk", "
 #: Clocks of both launches, of each phase of a map on a multiprocessor, and of each unit; fitted to nine measured times
 #: on an H200, with errors of at most 12 %.
 _LAUNCH, _PHASE, _UNIT = 25_000, 2_600, 87
-
-
-def _layout(call: Call, name: str, g: Geometry) -> bytes:
-    """struct Layout of one operand; of absent ones, zeros."""
-    strides = strides_of(call, name)
-    if strides is None:
-        return bytes(32)
-    batch, axis, head = strides
-    step = [s * x.dilation for s, x in zip(axis, g.axes, strict=True)]
-    return struct.pack("=q5i4x", batch, head, *axis, *step)
 
 
 def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
@@ -66,7 +55,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     drpb = call.strides[index("drpb")]
     partials: Param = Constant(bytes(8)) if drpb is None else Workspace(0)
     sizes = struct.pack("=4i", *p.spatial, p.batch, slices)
-    params = Constant(sizes + b"".join(_layout(call, name, g) for name in _OPERANDS))
+    params = Constant(sizes + b"".join(layout_of_two_axes(call, name) for name in _OPERANDS))
     operands = (Operand(index(name), alignment(name)) for name in _OPERANDS)
     main = Launch(
         KernelSpec("resident_backward", g.defines, facts.arch),

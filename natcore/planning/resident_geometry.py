@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from math import ceil
 
 from natcore.planning.axis import Axis, up
+from natcore.planning.marching_geometry import axes_of
 from natcore.planning.plan import DeviceFacts
 from natcore.problem import Problem
 
@@ -141,16 +142,6 @@ class Geometry:
         p = self.problem
         slices = max(facts.multiprocessors * self.blocks_per_sm // (p.heads * self.map_groups), 1)
         return ceil(p.batch / ceil(p.batch / slices))
-
-
-@lru_cache(maxsize=4096)
-def axes_of(problem: Problem) -> tuple[Axis, Axis]:
-    """The two axes of a problem that has two."""
-    w = problem.window
-    rows, columns = (
-        Axis(*its) for its in zip(problem.spatial, w.kernel_size, w.stride, w.dilation, w.is_causal, strict=True)
-    )
-    return rows, columns
 
 
 @lru_cache(maxsize=4096)

@@ -136,6 +136,16 @@ def _check_sizes(library: ctypes.CDLL, launch: Launch, values: Sequence[object])
     assert ours == list(sizes[:count]), f"{launch.kernel.name}: plan packs {ours}, kernel takes {sizes[:count]}"
 
 
+def with_defect(folder: Path, file: str, text: str, replacement: str) -> Path:
+    """A copy of the sources in ``folder``, where ``text``, which ``file`` has once, is another one."""
+    sources = folder / "cuda_src"
+    shutil.copytree(SOURCES, sources)
+    source = (sources / file).read_text()
+    assert source.count(text) == 1
+    (sources / file).write_text(source.replace(text, replacement))
+    return sources
+
+
 def aligned_bytes(count: int, fill: int = 0xFF) -> np.ndarray:
     """Memory aligned to 256 bytes; the fill 0xFF is NaN in every float type."""
     memory = np.full(count + 256, fill, np.uint8)
