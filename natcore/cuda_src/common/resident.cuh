@@ -17,30 +17,15 @@
 // a = 0, 1: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a.
 #pragma once
 
-#include "common/anew.cuh"
-#include "common/scale.cuh"
-#include "common/shared_rows.cuh"
-#include "common/types.cuh"
-#include "common/window.cuh"
-#include "ptx/cp_async.cuh"
-#include "ptx/ldmatrix.cuh"
+#include "common/resident_map.cuh"
 
-using Element = ELEMENT;
-#ifdef RPB
-using BiasElement = RPB;
-#else
-using BiasElement = float32;  // of a null pointer
-#endif
+constexpr int GROUP_COLUMNS = 4, BLOCK_ROWS = 8, BLOCK_COLUMNS = 2;
+constexpr int STEPS = 2;  // of a token: 16 elements each
+constexpr int PHASES = (PAIRS + AT_ONCE - 1) / AT_ONCE;
+constexpr int GROUPS = (COLUMNS + GROUP_COLUMNS - 1) / GROUP_COLUMNS;
 
-constexpr int BAND = 2, GROUP_COLUMNS = 4, BLOCK_ROWS = 8, BLOCK_COLUMNS = 2;
-constexpr int STEPS = 2, CHUNKS = 4, TOKEN = 64;  // of a token: 16 elements each, 8 elements each, and bytes
-constexpr int THREADS = 32 * WARPS, PHASES = (PAIRS + AT_ONCE - 1) / AT_ONCE;
-constexpr int BANDS = (ROWS + BAND - 1) / BAND, GROUPS = (COLUMNS + GROUP_COLUMNS - 1) / GROUP_COLUMNS;
-constexpr int HALVES = (GROUPS + 1) / 2;  // of a band
-
-static_assert(ROWS <= 16 && COLUMNS <= 16 && PAIRS <= 8, "a column of keys is one side of an mma");
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM <= 32 && HEAD_DIM_V % 8 == 0 && HEAD_DIM_V <= 32, "tokens of 64 bytes");
-static_assert(BANDS * HALVES <= WARPS, "half a band is a warp's");
+static_assert(PAIRS <= 8, "a column of keys is one side of an mma");
+static_assert(HALVES == (GROUPS + 1) / 2, "two groups each");
 
 // ---- units ----
 
@@ -97,15 +82,19 @@ using Queries = float[2][STEPS][4];  // dQ^T of half a band
 // Keys and values: rows of PITCH bytes, of which each 128 hold a pair, their chunks permuted by the row, so that 8 rows
 // miss each other's banks. Columns that the map lacks are zeros.
 constexpr int PITCH = PAIRS * BLOCK_COLUMNS * TOKEN;
-__device__ __forceinline__ int key_at(int row, int column, int chunk) {
-  return row * PITCH + (((column + SHIFT) * TOKEN + chunk * 16) ^ (row & 7) * 16);
-}
+struct KeyPlaces {
+  static __device__ __forceinline__ int at(int row, int column, int chunk) {
+    return row * PITCH + (((column + SHIFT) * TOKEN + chunk * 16) ^ (row & 7) * 16);
+  }
+};
 // Queries and output gradients: 8 tokens of a group after each other. Tokens that the map lacks are zeros.
 using QueryRows = Rows<STEPS * 16>;
-__device__ __forceinline__ int query_at(int row, int column, int chunk) {
-  const int token = row % BAND + column % GROUP_COLUMNS * BAND;
-  return ((row / BAND * GROUPS + column / GROUP_COLUMNS) * 8 + token) * TOKEN + QueryRows::chunk(token, chunk);
-}
+struct QueryPlaces {
+  static __device__ __forceinline__ int at(int row, int column, int chunk) {
+    const int token = row % BAND + column % GROUP_COLUMNS * BAND;
+    return ((row / BAND * GROUPS + column / GROUP_COLUMNS) * 8 + token) * TOKEN + QueryRows::chunk(token, chunk);
+  }
+};
 // P and dS of a unit, each 16 keys of 8 queries.
 constexpr int WEIGHTS = 256, UNIT = 2 * WEIGHTS;
 
@@ -136,77 +125,3 @@ constexpr int TABLE_AT = SCALARS_AT + BANDS * HALVES * SCALARS, STARTS_AT = TABL
 // and row of keys, where the bias of pair 0 and group 0's first column lies in the table.
 constexpr int PLACES_AT = STARTS_AT + BANDS * 4, PLACES = (BANDS + 1) / 2 * 32, LACKS_AT = PLACES_AT + PLACES * 4;
 constexpr int BIAS_AT = LACKS_AT + HALVES * 32 * 4, SHARED_BYTES = BIAS_AT + BANDS * 16 * 4;
-
-// ---- sizes and strides: written by natcore/planning/resident.py ----
-
-struct Sizes {
-  int extent[2], batch, slices;  // a block takes every slices-th batch entry
-};
-
-struct Layout {  // strides in elements; `step` is that of neighbours in a dilation group
-  long long batch;
-  int head, axis[2], step[2];
-
-  __device__ __forceinline__ int of(int row, int column) const { return row * step[0] + column * step[1]; }
-};
-
-__device__ __forceinline__ Axis window_of(int a) {
-  return {0, a == 0 ? KERNEL_0 : KERNEL_1, a == 0 ? STRIDE_0 : STRIDE_1, 1, a == 0 ? CAUSAL_0 : CAUSAL_1};
-}
-
-// What a block owns: a head, blockIdx.x, of the maps of a dilation group and slice of the batch, blockIdx.y.
-struct Share {
-  int group[2], length[2], slice;
-
-  __device__ __forceinline__ explicit Share(const Sizes& sizes) {
-    int rest = blockIdx.y;
-    group[1] = rest % DILATION_1;
-    rest /= DILATION_1;
-    group[0] = rest % DILATION_0;
-    slice = rest / DILATION_0;
-    length[0] = group_length({sizes.extent[0], 1, 1, DILATION_0, 0}, group[0]);
-    length[1] = group_length({sizes.extent[1], 1, 1, DILATION_1, 0}, group[1]);
-  }
-  // Where the map of a batch entry starts: found anew each time, as registers are few.
-  template <typename T>
-  __device__ __forceinline__ T* base(T* pointer, const Layout& s, int entry) const {
-    return pointer + (entry * s.batch + static_cast<long long>(blockIdx.x) * s.head + anew(group[0]) * s.axis[0] +
-                      anew(group[1]) * s.axis[1]);
-  }
-  __device__ __forceinline__ bool has(int row, int column) const { return row < length[0] && column < length[1]; }
-  // The first row of keys that a band sees, of 8 at most.
-  __device__ __forceinline__ int start_of(int band) const {
-    return keys_of(window_of(0), smaller(band * BAND, length[0] - 1), length[0]).start;
-  }
-};
-
-// ---- copies, by the warps that have no half band, or else by all: a thread has 16 bytes of a column's tokens ----
-
-constexpr int SPARE = WARPS - BANDS * HALVES;
-constexpr int FIRST_COPIER = 32 * SPARE >= COLUMNS * CHUNKS ? BANDS * HALVES : 0;  // a warp
-constexpr int COPIED = 32 * (WARPS - FIRST_COPIER) / (COLUMNS * CHUNKS);           // rows at once
-static_assert(COPIED > 0, "a row is copied at once");
-
-struct Copies {
-  int row, column, chunk;  // the first row
-
-  __device__ __forceinline__ Copies() {
-    const int thread = anew(threadIdx.x) - 32 * FIRST_COPIER;  // what depends on it is not kept from map to map
-    row = thread / (COLUMNS * CHUNKS), column = thread / CHUNKS % COLUMNS, chunk = thread % CHUNKS;
-  }
-  // Starts the copies of a map's tokens of D elements, OWN (queries, output gradients, outputs) or not (keys, values),
-  // to `shared`. `from` is where the map starts.
-  template <int D, bool OWN>
-  __device__ __forceinline__ void load(unsigned shared, const Element* from, const Layout& s,
-                                       const Share& share) const {
-    if (row >= COPIED || column >= share.length[1] || chunk >= D / 8) return;
-    from += s.of(row, column) + chunk * 8;
-    const int step = COPIED * s.step[0];
-#pragma unroll
-    for (int i = 0; i < ROWS; i += COPIED, from += step) {
-      const int its = COPIED == 1 ? i : row + i;  // row is 0, then, as the compiler is to know
-      if (its < share.length[0])
-        cp_async_16(shared + (OWN ? query_at(its, column, chunk) : key_at(its, column, chunk)), from, true);
-    }
-  }
-};

@@ -133,11 +133,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const auto load_operands = [&](int entry, unsigned map) {
     if (warp < FIRST_COPIER || entry >= params.sizes.batch) return;
     const Copies copies;
-    copies.load<HEAD_DIM, false>(map + K_AT, share.base(k, params.k, entry), params.k, share);
-    copies.load<HEAD_DIM, true>(map + Q_AT, share.base(q, params.q, entry), params.q, share);
-    copies.load<HEAD_DIM_V, true>(map + G_AT, share.base(d_out, params.d_out, entry), params.d_out, share);
-    copies.load<HEAD_DIM_V, false>(map + V_AT, share.base(v, params.v, entry), params.v, share);
-    copies.load<HEAD_DIM_V, true>(map + O_AT, share.base(out, params.out, entry), params.out, share);
+    copies.load<HEAD_DIM, KeyPlaces>(map + K_AT, share.base(k, params.k, entry), params.k, share);
+    copies.load<HEAD_DIM, QueryPlaces>(map + Q_AT, share.base(q, params.q, entry), params.q, share);
+    copies.load<HEAD_DIM_V, QueryPlaces>(map + G_AT, share.base(d_out, params.d_out, entry), params.d_out, share);
+    copies.load<HEAD_DIM_V, KeyPlaces>(map + V_AT, share.base(v, params.v, entry), params.v, share);
+    copies.load<HEAD_DIM_V, QueryPlaces>(map + O_AT, share.base(out, params.out, entry), params.out, share);
   };
   const auto load_its_scalars = [&](int entry) {
     if (has_half && entry < params.sizes.batch)
@@ -168,8 +168,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     for (int phase = 0; phase < PHASES; ++phase) {
       if (has_half) {
         const int row = smaller(starts[band] + lane % 8, share.length[0] - 1);
-        const unsigned key = map + K_AT + key_at(row, lane / 8 % 2 - SHIFT, lane / 16);
-        const unsigned key_t = map + K_AT + key_at(row, lane / 16 - SHIFT, lane / 8 % 2);
+        const unsigned key = map + K_AT + KeyPlaces::at(row, lane / 8 % 2 - SHIFT, lane / 16);
+        const unsigned key_t = map + K_AT + KeyPlaces::at(row, lane / 16 - SHIFT, lane / 8 % 2);
         const unsigned query = map + Q_AT + ((band * GROUPS + 2 * half) * 8 + lane % 8) * TOKEN +
                                QueryRows::chunk(lane % 8, lane / 8);
         const int* bias = reinterpret_cast<const int*>(shared + BIAS_AT) + band * 16 + lane / 4;
