@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
+from natcore.problem import Problem
+from natcore.window import window_of
+
 #: Layout -> side of a patch. All give square maps of tokens, without a class token.
 #: - "nat" (NAT, DiNAT): two overlapping 3x3 convolutions of stride 2; between stages another one.
 #: - "dinat_s": Swin's frame: patches of 4x4; between stages, 2x2 tokens merge into one.
@@ -94,6 +97,20 @@ class NATConfig:
                 f"x {side}), but one axis has {extent}: load its file with kernel_size={extent} to resize its tables."
             )
         return max(self.kernel_size * dilation - extent, 0)
+
+    def attentions(self, batch: int, height: int, width: int, dtype: str, rpb_dtype: str) -> tuple[Problem, ...]:
+        """The attention problems, each once, that the blocks meet on images ``[batch, in_chans, height, width]``, where
+        q, k and v have ``dtype`` and the biases ``rpb_dtype``. Raises ValueError as `padding` does."""
+        problems = {}
+        for stage, heads in enumerate(self.num_heads):
+            side = self.patch_size * 2**stage
+            extents = [-(-extent // side) for extent in (height, width)]
+            for dilation in {self.dilation(stage, block): None for block in range(self.depths[stage])}:
+                spatial = tuple(extent + self.padding(extent, dilation) for extent in extents)
+                window, head_dim = window_of(2, self.kernel_size, 1, dilation, False), self.width(stage) // heads
+                bias = rpb_dtype if self.rel_pos_bias else None
+                problems[Problem(window, batch, spatial, heads, heads, head_dim, head_dim, 0, dtype, bias)] = None
+        return tuple(problems)
 
     def drop_path(self, stage: int, block: int) -> float:
         """Stochastic-depth rate, linear over all blocks from 0 to drop_path_rate."""

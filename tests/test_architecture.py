@@ -27,7 +27,7 @@ LAYERS = [
     {"natcore.compiling"},
     {"natcore.device"},
     {"natcore.backends"},
-    {"natcore.session", "natcore.merging", "natcore.arrays", "natcore.dlpack"},
+    {"natcore.session", "natcore.merging", "natcore.arrays", "natcore.dlpack", "natcore.ahead"},
     {"natcore.api", "natcore.api_unfused"},
     {"natcore"},
     {"natcore.info", "natcore.__main__"},

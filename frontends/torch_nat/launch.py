@@ -214,6 +214,11 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """natcore's name of torch's dtype."""
+    return _NAMES[dtype]
+
+
 def allocation(result: View | None) -> Allocation | None:
     return None if result is None else (result.shape, result.strides, _DTYPES[result.dtype])
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from natcore.models import NATConfig, model_config
+from torch_nat import ahead
 from torch_nat.casting import autocast_dtype, with_cast_weights
 from torch_nat.layers import DropPath, NeighborhoodAttention2D, drop_path_factors
 from torch_nat.recomputation import recomputed, recomputing
@@ -251,6 +252,8 @@ class NAT(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(x.shape)}; expected [batch, {self.config.in_chans}, height, width]."
             )
+        if not torch.compiler.is_compiling():
+            ahead.prepare(self.config, self.patch_embed.norm.weight, x)
         x = self.pos_drop(self.patch_embed(x))
         maps: list[Tensor] = []
         for stage in range(len(self.config.depths)):
