@@ -51,6 +51,8 @@ MAX_PARAMETERS = 120
 ALIGNMENT = 256  # of the workspace; XLA promises less for its buffers
 MESSAGES = 1000  # CUresult ends at 999
 
+#: A CUlaunchAttribute of 72 bytes: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6, its value, true, at 8.
+_OVERLAPS = struct.pack("=i4xi60x", 6, 1)
 _SCALES = {"float32": "f", "float64": "d"}
 
 
@@ -72,7 +74,8 @@ class FlatPlan:
                 f"{launch.kernel.name} takes {len(launch.params)} parameters; at most {MAX_PARAMETERS} are supported."
             )
         # CUlaunchConfig: grid x y z, block x y z, dynamic shared memory, stream, attributes, their number
-        config = struct.pack("=7I4x3q", *launch.grid, *launch.block, launch.shared_bytes, 0, 0, 0)
+        attributes = (self._hold(_OVERLAPS), 1) if launch.overlaps else (0, 0)
+        config = struct.pack("=7I4x3q", *launch.grid, *launch.block, launch.shared_bytes, 0, *attributes)
         words = [kernel, *struct.unpack(f"={CONFIG_WORDS}q", config), len(launch.params)]
         for param in launch.params:
             words += self._param(param, spec)

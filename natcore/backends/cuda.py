@@ -11,11 +11,12 @@ import struct
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from natcore.device import (
+    check,
     current,
     device_count,
     driver,
@@ -25,7 +26,7 @@ from natcore.device import (
     while_capturing,
 )
 from natcore.errors import CudaError
-from natcore.planning import Config, Constant, Operand, Param, Plan, Scale, Workspace, facts_for_arch, plan_for
+from natcore.planning import Config, Constant, Launch, Operand, Param, Plan, Scale, Workspace, facts_for_arch, plan_for
 from natcore.problem import Call
 from natcore.views import Device
 
@@ -44,6 +45,9 @@ class LoadedPlan:
     kernels: tuple[int, ...]
 
 
+_GRAPHS_OVERLAP = 12030  # the driver version from which launches that overlap may be captured
+
+
 @lru_cache(maxsize=4096)
 def load_plan(call: Call, device_index: int, config: Config | None = None) -> LoadedPlan:
     """The plan of a call with its kernels compiled and loaded.
@@ -51,6 +55,8 @@ def load_plan(call: Call, device_index: int, config: Config | None = None) -> Lo
     Raises NotImplementedError where no kernel can run the call, CompileError, or CudaError.
     """
     plan = plan_for(call, facts(device_index), config)
+    if check(driver().cuDriverGetVersion(), "cuDriverGetVersion") < _GRAPHS_OVERLAP:
+        plan = replace(plan, launches=tuple(replace(launch, overlaps=False) for launch in plan.launches))
     with ThreadPoolExecutor(max(len(plan.launches), 1)) as pool:  # what is compiled, is compiled at once
         kernels = pool.map(lambda launch: int(prepare_launch(launch, device_index)), plan.launches)
         return LoadedPlan(plan, tuple(kernels))
@@ -65,7 +71,7 @@ class CudaExecutable:
 
     One block of memory holds every distinct parameter in 8-byte slots: first all operands, then
     workspace addresses, scales and constants. Each launch has an array of pointers into it, which is
-    what cuLaunchKernel takes. Launches drop the GIL, so each thread has a block of its own.
+    what cuLaunchKernelEx takes. Launches drop the GIL, so each thread has a block of its own.
     """
 
     def __init__(self, call: Call, device_index: int, config: Config | None) -> None:
@@ -77,13 +83,12 @@ class CudaExecutable:
         self._lay_out(loaded.plan, len(call.operands))
         module = driver()
         # What every launch needs, looked up once.
-        self._launch_kernel, self._stream_handle = module.cuLaunchKernel, module.CUstream
+        self._launch_kernel, self._stream_handle = module.cuLaunchKernelEx, module.CUstream
         self._current_context = module.cuCtxGetCurrent
         create = module.CUfunction
-        self._launches = []  # what goes around the stream, and where the parameters start
+        self._launches = []  # with the kernels, and where the parameters start
         for kernel, launch in zip(loaded.kernels, loaded.plan.launches, strict=True):
-            leading = (create(kernel), *launch.grid, *launch.block, launch.shared_bytes)
-            self._launches.append((leading, [self._starts[p] for p in launch.params]))
+            self._launches.append((launch, create(kernel), [self._starts[p] for p in launch.params]))
         self.workspace_bytes = loaded.plan.workspace_bytes
         if self._alignments and config is None:
             # The kernels for unaligned pointers share the workspace that is asked for before pointers are known.
@@ -111,16 +116,17 @@ class CudaExecutable:
         self._bytes = 8 * slot
 
     def _make_block(self) -> tuple[bytearray, list[tuple]]:
-        """This thread's parameter block and, for each launch, all arguments of cuLaunchKernel around the stream."""
+        """This thread's parameter block and, for each launch, what cuLaunchKernelEx takes: the configuration, which
+        has room for the stream, the kernel and the address of the parameters."""
         block = bytearray(max(self._bytes, 8))
         memory = (ctypes.c_char * len(block)).from_buffer(block)
         address = ctypes.addressof(memory)
         for start, data in self._constants:
             block[start : start + len(data)] = data
         launches = []
-        for leading, starts in self._launches:
+        for launch, kernel, starts in self._launches:
             table = (ctypes.c_void_p * len(starts))(*(address + start for start in starts))
-            launches.append((leading, ctypes.addressof(table), (table, memory)))
+            launches.append((_configuration(launch), kernel, ctypes.addressof(table), (table, memory)))
         self._local.block = block, launches
         return self._local.block
 
@@ -148,10 +154,11 @@ class CudaExecutable:
 
     def _launch(self, launches: list[tuple], stream: int) -> None:
         launch, stream_handle = self._launch_kernel, self._stream_handle(stream)
-        for leading, params, _ in launches:
-            (error,) = launch(*leading, stream_handle, params, 0)
+        for configuration, kernel, params, _ in launches:
+            configuration.hStream = stream_handle
+            (error,) = launch(configuration, kernel, params, 0)
             if error:
-                self._recover(error, leading, stream_handle, params)
+                self._recover(error, configuration, kernel, params)
 
     def _for_unaligned(self, index: int, pointer: int, alignment: int) -> CudaExecutable:
         if self._config is not None:
@@ -161,13 +168,29 @@ class CudaExecutable:
             )
         return _unaligned_executable(self._call, self._device_index)
 
-    def _recover(self, error: Any, leading: tuple, stream: Any, params: int) -> None:
+    def _recover(self, error: Any, configuration: Any, kernel: Any, params: int) -> None:
         """A thread without a current context, or with another GPU's, gets the right one for this launch."""
         if error.name in ("CUDA_ERROR_INVALID_CONTEXT", "CUDA_ERROR_INVALID_HANDLE"):
             with current(self._device_index):
-                (error,) = self._launch_kernel(*leading, stream, params, 0)
+                (error,) = self._launch_kernel(configuration, kernel, params, 0)
         if error:
             raise CudaError(f"launching a kernel on cuda:{self._device_index} failed: {error.name}.")
+
+
+def _configuration(launch: Launch) -> Any:
+    """The CUlaunchConfig of a launch, but for the stream."""
+    module = driver()
+    configuration = module.CUlaunchConfig()
+    configuration.gridDimX, configuration.gridDimY, configuration.gridDimZ = launch.grid
+    configuration.blockDimX, configuration.blockDimY, configuration.blockDimZ = launch.block
+    configuration.sharedMemBytes = launch.shared_bytes
+    if launch.overlaps:
+        attribute, value = module.CUlaunchAttribute(), module.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.id = module.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = value
+        configuration.attrs, configuration.numAttrs = [attribute], 1
+    return configuration
 
 
 @lru_cache(maxsize=1024)

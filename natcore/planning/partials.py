@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from math import ceil, prod
 
-from natcore.planning.plan import Constant, KernelInfo, KernelSpec, Launch, Operand, Workspace
+from natcore.planning.plan import Constant, KernelInfo, KernelSpec, Launch, Operand, Workspace, capability
 from natcore.problem import OPERANDS, Problem
 
 WARPS = 16
@@ -28,4 +28,5 @@ def sum_drpb(
         (32 * WARPS, 1, 1),
         0,
         (Workspace(at), Operand(OPERANDS["backward"].index("drpb")), params),
+        overlaps=capability(arch) >= 90,
     )

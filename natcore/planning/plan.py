@@ -85,6 +85,9 @@ class Launch:
     block: tuple[int, int, int]
     shared_bytes: int  # dynamic shared memory
     params: tuple[Param, ...]
+    #: Its blocks may start before those of the launch before it have ended, for its kernel waits for what it needs from
+    #: that one (cuda_src/ptx/grid.cuh). Compute capability 9.0 and later.
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)

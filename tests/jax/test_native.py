@@ -68,7 +68,8 @@ class Recorder:
         self.table.add(self.plans[ffi_abi.integer_attribute(frame, 0)])
 
     def _launch(self, config, kernel, pointers, extra):
-        grid_block = struct.unpack("=7I4x3Q", ctypes.string_at(config, 56))
+        *grid_block, attributes, count = struct.unpack("=7I4x2QI", ctypes.string_at(config, 52))
+        grid_block = (*grid_block, *(ctypes.string_at(attributes + 72 * i, 72) for i in range(count)))
         slots = ctypes.cast(pointers, ctypes.POINTER(c_void_p))
         values = [
             struct.unpack(f"={f}", ctypes.string_at(slots[i], struct.calcsize(f)))[0]
@@ -119,7 +120,10 @@ def _plan(workspace_bytes: int = 64) -> Plan:
     first = (Operand(0), Operand(1), Operand(3), Workspace(32), Scale("float32", 2.0), Constant(b"abcdefghi"))
     second = (Operand(OPERANDS["forward"].index("out")), Scale("float64"), Operand(2))
     return Plan(
-        (Launch(kernel, (5, 6, 7), (128, 2, 1), 4096, first), Launch(kernel, (1, 1, 1), (32, 1, 1), 0, second)),
+        (
+            Launch(kernel, (5, 6, 7), (128, 2, 1), 4096, first),
+            Launch(kernel, (1, 1, 1), (32, 1, 1), 0, second, overlaps=True),
+        ),
         workspace_bytes,
     )
 
@@ -151,14 +155,16 @@ def test_a_missing_plan_is_prepared_once_and_all_parameters_arrive(recorder):
     assert recorder.prepared == [spec]
     kernel, config, values, extra = recorder.launches[0]
     assert (kernel, extra) == (0xAA, None)
-    assert config == (5, 6, 7, 128, 2, 1, 4096, STREAM, 0, 0)
+    assert config == (5, 6, 7, 128, 2, 1, 4096, STREAM)
     assert values == [0x1000, 0x1010, 0, 0x9100 + 32, 1.5, b"abcdefghi"]
     recorder.formats = ["Q", "d", "Q"]
     recorder.launches.clear()
     recorder.run(spec, *buffers)
     kernel, config, values, _ = recorder.launches[1]
     assert kernel == 0xBB
-    assert config[:7] == (1, 1, 1, 32, 1, 1, 0)
+    assert config[:8] == (1, 1, 1, 32, 1, 1, 0, STREAM)
+    (attribute,) = config[8:]  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is allowed
+    assert attribute == struct.pack("=i4xi60x", 6, 1)
     assert values == [0x4000, 0.75, 0x2000]
 
 

@@ -3,6 +3,7 @@
 
 #include "common/strips.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 
 // Rows of one tensor: which 16-byte chunks of a row are this lane's. A row's chunks are numbered chunks of a head
@@ -139,7 +140,8 @@ struct Sources {
 };
 
 // All that producer `warp` of a block does: items [begin, end) of the heads from first_head on. Copies of rows are
-// numbered, and producers take turns.
+// numbered, and producers take turns. The backward of keys asks for all that its first band needs but the scalars before
+// it waits for the backward of queries, which writes these.
 __device__ __forceinline__ void produce(unsigned shared, const Barriers& barriers, const Sources& from,
                                         const Sizes& sizes, int first_head, int begin, int end, int warp, int lane) {
   const RowCopy<HEAD_DIM, SeenD> copy_seen_d(from.seen_d.layout, first_head, from.seen_d.ratio, lane);
@@ -149,6 +151,7 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
   const RowCopy<HEAD_DIM_V, OwnV> copy_own_o(from.own_o.layout, first_head, from.own_o.ratio, lane);
   Turn<RING> stage;
   Turn<OWN_RING> band_turn;
+  bool waits = OWN_KEYS;
   all_are_prepared();
 #pragma unroll 1
   for (int item = begin; item < end;) {
@@ -162,10 +165,20 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
     const float *lse = nullptr, *d_lse = nullptr;
     if (PASS == QUERIES) lse = run.base(from.lse, from.of_lse, 0);
     if (PASS == QUERIES && from.d_lse != nullptr) d_lse = run.base(from.d_lse, from.of_d_lse, 0);
+    // The scalars of stage s to a slot, of which everything is then on its way.
+    const auto finish_stage = [&](int s, int slot) {
+#pragma unroll
+      for (int r = 0; r < BAND; ++r) {
+        const int y = s * BAND - SHIFT + r, at = slot * BAND + r;
+        if (OWN_KEYS && (r * 3 + 2) % PRODUCERS == warp && y >= 0 && y < run.length[0])
+          copy_scalars(shared + SCALARS_AT + at * SCALARS_ROW, from.scalars, sizes, run, first_head, y, lane);
+      }
+      cp_async_arrive(barriers.full(slot));
+    };
     int s = stage_of(run.rows_of(run.first).start);
 #pragma unroll 1
     for (int band = run.first; band <= run.last; ++band) {
-      const int until = stage_of(run.rows_of(band).end - 1);
+      const int since = s, until = stage_of(run.rows_of(band).end - 1);
 #pragma unroll 1
       for (; s <= until; ++s) {
         mbarrier_wait(barriers.empty(stage.slot), stage.phase ^ 1);
@@ -179,10 +192,8 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
           if ((r * kinds + 1) % PRODUCERS == warp)
             copy_seen_v.copy<COLUMNS>(shared + SEEN_V_AT + at * SeenV::PITCH, seen_v, from.seen_v.layout, y,
                                       run.origin(), length);
-          if (OWN_KEYS && (r * kinds + 2) % PRODUCERS == warp)
-            copy_scalars(shared + SCALARS_AT + at * SCALARS_ROW, from.scalars, sizes, run, first_head, y, lane);
         }
-        cp_async_arrive(barriers.full(stage.slot));
+        if (!waits) finish_stage(s, stage.slot);
         stage.advance();
       }
       mbarrier_wait(barriers.own_empty(band_turn.slot), band_turn.phase ^ 1);
@@ -205,6 +216,12 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
       }
       cp_async_arrive(barriers.own_full(band_turn.slot));
       band_turn.advance();
+      if (waits) {  // the first band, whose stages are the first of the ring
+        wait_for_previous_grid();
+        for (int first = since; first <= until; ++first) finish_stage(first, first - since);
+        waits = false;
+      }
     }
   }
+  if (waits) wait_for_previous_grid();
 }

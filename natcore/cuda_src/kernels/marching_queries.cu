@@ -131,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const unsigned base = shared_address(shared);
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
+  launch_dependents();  // marching_keys.cu has much to copy before it needs what this kernel writes
 
   if (warp >= CONSUMERS) {
     const Sources from{{k, params.k, sizes.heads_per_kv}, {v, params.v, sizes.heads_per_kv}, {q, params.q, 1},

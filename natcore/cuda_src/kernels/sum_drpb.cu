@@ -5,6 +5,7 @@
 //
 // Defines: RESULT (dtype of drpb), WARPS.
 #include "common/types.cuh"
+#include "ptx/grid.cuh"
 
 struct Params {
   long long head, axis[3];  // strides of drpb, in elements
@@ -12,14 +13,15 @@ struct Params {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    sum_drpb(const float* __restrict__ partials,  // [slices, heads, *shape], contiguous
-             RESULT* __restrict__ drpb,           // [heads, *shape]
+    sum_drpb(const float* partials,      // [slices, heads, *shape], contiguous; the kernel before may still write them
+             RESULT* __restrict__ drpb,  // [heads, *shape]
              const __grid_constant__ Params params) {
   __shared__ float of_warp[WARPS][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int entries = params.shape[0] * params.shape[1] * params.shape[2], count = params.heads * entries;
   const int at = blockIdx.x * 32 + lane;
   float sum = 0.f;
+  wait_for_previous_grid();
   if (at < count) {
 #pragma unroll 8
     for (int s = warp; s < params.slices; s += WARPS) sum += partials[static_cast<long long>(s) * count + at];
