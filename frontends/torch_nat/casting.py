@@ -22,24 +22,27 @@ from torch_nat.token_sums import tables_of
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-#: The elements of all tensors, which have one dtype, one after the other in another; none has 0 axes. Those
-#: with all but the first axis alike should come together.
-LIBRARY.define("cast_flat(Tensor[] tensors, ScalarType dtype) -> Tensor", tags=_TAGS)
+#: The elements of all tensors, which have one dtype, one after the other in another; none has 0 axes. They come in
+#: runs of these lengths, of tensors that have all but the first axis alike.
+LIBRARY.define("cast_flat(Tensor[] tensors, int[] runs, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 #: All tensors in another dtype, as parts of one. In a graph of operations it is `cast_flat` and views.
 LIBRARY.define("cast(Tensor[] tensors, ScalarType dtype) -> Tensor[]", tags=_TAGS)
 
 
-def _cast_flat(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    flat, start = _cast_flat_fake(tensors, dtype), 0
-    for _, group in groupby(tensors, key=lambda tensor: tensor.shape[1:]):
-        whole = torch.cat([*group])  # of many tensors it takes the host a third of the time that a copy of each takes
-        flat[start : start + whole.numel()].view_as(whole).copy_(whole)
-        start += whole.numel()
+def _cast_flat(tensors: list[Tensor], runs: list[int], dtype: torch.dtype) -> Tensor:
+    joined, start = [], 0
+    for length in runs:  # torch.cat takes the host a third of the time that a copy of each takes
+        joined.append(torch.cat(tensors[start : start + length]))
+        start += length
+    flat, start = _cast_flat_fake(joined, runs, dtype), 0
+    for run in joined:
+        flat[start : start + run.numel()].view_as(run).copy_(run)
+        start += run.numel()
     return flat
 
 
-def _cast_flat_fake(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _cast_flat_fake(tensors: Sequence[Tensor], runs: list[int], dtype: torch.dtype) -> Tensor:
     return tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
 
 
@@ -52,7 +55,8 @@ def parts(flat: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [*parts(torch.ops.natcore.cast_flat(tensors, dtype), [tensor.shape for tensor in tensors])]
+    runs = [len([*run]) for _, run in groupby(tensors, key=lambda tensor: tensor.shape[1:])]
+    return [*parts(torch.ops.natcore.cast_flat(tensors, runs, dtype), [tensor.shape for tensor in tensors])]
 
 
 def _cast_fake(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
