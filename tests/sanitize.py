@@ -1,232 +1,233 @@
 """compute-sanitizer over the tensor core kernels: memcheck, racecheck and initcheck, forward and backward.
 
     python3 -m tests.sanitize --out runs/sanitizer
+    python3 -m tests.sanitize --only "*:axial:tiled*" "backward:ragged_dilation:whole*" --tools racecheck
 
-Every case of tests/test_fast_forward.py and tests/test_fast_backward.py, and some of tests/test_marching_backward.py,
-runs through each tensor core kernel that takes it, and one of them under other configs, too. Cases run without a
-framework, on memory of the driver's own: inputs are copied in, results are filled with NaN, and the workspace is left
-as it comes, so that initcheck sees whoever reads what nobody wrote. Only natcore's tensor core kernels are
-instrumented. Results are checked against the reference, too. Two more processes have a planted fault each (an
-allocation too short, an input never written): the tools must report them.
+Every job of tests/sanitize_jobs.py runs under each tool; only natcore's tensor core kernels are instrumented, and
+results are checked against the reference, too. Two more processes have a planted fault each (an allocation too short,
+an input never written): the tools must report them.
+
+Kernels are compiled and references computed by processes beside the tools', and each tool has some processes that take
+the next job that is ready. A process that ends at a job (after an invalid access nothing else runs in it) is followed
+by another one.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import pickle
 import re
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import count, repeat
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from itertools import count, zip_longest
+from math import ceil, prod
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from queue import Queue
+from threading import Lock
 
-import numpy as np
-
-from benchmarks.configs import alternatives, compiled
-from natcore.backends import prepare
-from natcore.device import check as checked
-from natcore.device import current, driver, facts
-from natcore.planning import CANDIDATES, Config, DeviceFacts, candidates, plan_for
-from natcore.planning.listed import contiguous_call
-from natcore.problem import OPERANDS, RESULTS, Call, Direction, Problem, call_of
-from natcore.views import Device, View, contiguous_strides
-from tests import test_fast_backward, test_fast_forward, test_marching_backward
-from tests.cases import Case, check, expected, inputs, numpy_dtype
+from benchmarks.configs import compiled
+from natcore.device import facts
+from natcore.planning import CANDIDATES, DeviceFacts
+from tests.sanitize_jobs import DIRECTIONS, Job, data_of, jobs, serve
 
 TOOLS = {
     "memcheck": ("--report-api-errors", "no", "--padding", "512"),
     "racecheck": (),
     "initcheck": ("--check-api-memory-access", "no"),
 }
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-SHARDS = 3  # processes of one tool and direction
+PROCESSES = {"memcheck": 4, "racecheck": 7, "initcheck": 4}  # at a time
 FAULTS = {"memcheck": "short", "initcheck": "unwritten"}  # planted, to see that the tool reports them
+#: For the tools' processes: their work is the GPU's, and dozens of threads each would stand in each other's way.
+ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+GRACE = 10.0  # seconds from the deadline until processes end themselves
 _NUMBERS = count()  # of processes: each gets ports of its own
-CASES_OF = {
-    "forward": test_fast_forward.ABLE + test_fast_forward.MORE,
-    "backward": test_fast_backward.ABLE + test_fast_backward.MORE + test_marching_backward.UNEVEN,
-}
+
+
+# ---- jobs and their data ----
 
 
 @dataclass(frozen=True)
-class Job:
-    """One case in one direction: its dtype and its config (a kernel's name alone: as that kernel cuts the map)."""
+class Ready:
+    """A job whose kernels are in the disk cache, and the file with its data."""
 
-    case: Case
-    direction: Direction
-    dtype: str
-    config: Config
-
-    @property
-    def problem(self) -> Problem:
-        return test_fast_backward.problem_for(self.case, self.dtype)
-
-    @property
-    def call(self) -> Call:
-        return contiguous_call(self.direction, self.problem)
+    job: Job
+    data: Path
 
 
-def jobs(direction: Direction, device: DeviceFacts) -> list[Job]:
-    """Every ugly case with each tensor core kernel that takes it, in turn in float16 and bfloat16; then, of one case,
-    other configs."""
-    cases = [case for case in CASES_OF[direction] if case.batch]
-    found = [Job(case, direction, ("float16", "bfloat16")[i % 2], Config("general")) for i, case in enumerate(cases)]
-    able = [
-        replace(job, config=Config(candidate.name))
-        for job in found
-        for candidate in candidates(job.call, device)
-        if candidate.name != "general"
-    ]
-    base = next(job for job in able if job.case.name == "several_regions")
-    base = replace(base, case=replace(base.case, batch=4))
-    configs = list(test_fast_forward.CONFIGS.values()) if direction == "forward" else []
-    configs += [c for c in alternatives(base.call, device, cheapest=1, drawn=3) if c.kernel != "general"]
-    for config in configs:
-        try:
-            plan_for(base.call, device, config)
-        except (ValueError, NotImplementedError):
-            continue
-        able.append(replace(base, config=config))
-    return able
+def cost(job: Job) -> int:
+    """Of a job's reference, in any unit: the dearest jobs are prepared first."""
+    case = job.case
+    return prod((case.batch, case.heads, *case.spatial, *case.window.kernel_size))
 
 
-# ---- in the process under the tool ----
+def make_data(job: Job, file: Path) -> None:
+    file.write_bytes(pickle.dumps(data_of(job.case, job.direction, job.dtype)))
 
 
-class Memory:
-    """Device memory of the driver's own, freed together."""
-
-    def __init__(self) -> None:
-        self._addresses: list[Any] = []
-
-    def take(self, size: int) -> int:
-        address = checked(driver().cuMemAlloc(max(size, 1)), f"cuMemAlloc({size})")
-        self._addresses.append(address)
-        return int(address)
-
-    def free(self) -> None:
-        for address in self._addresses:
-            checked(driver().cuMemFree(address), "cuMemFree")
-        self._addresses.clear()
+def make_kernels(job: Job, device: DeviceFacts) -> None:
+    compiled(job.call, job.facts(device), [job.config])
 
 
-def run(job: Job, fault: str | None = None) -> None:
-    """The job on fresh memory. Raises AssertionError where a result is wrong."""
-    memory = Memory()
+def ready(
+    wanted: list[Job], device: DeviceFacts, folder: Path, pool: ProcessPoolExecutor, deadline: float
+) -> Iterator[Ready]:
+    """The jobs, each as soon as it is ready. Their data are shared by all that differ in nothing but the config."""
+    files: dict[tuple, Path] = {}
+    parts = {}
+    wanted = sorted(wanted, key=cost, reverse=True)
+    for job in wanted:
+        key = (job.case, job.direction, job.dtype)
+        if key not in files:
+            files[key] = folder / f"data_{len(files)}"
+            parts[pool.submit(make_data, job, files[key])] = key
+    waiting: dict[Job, set] = {job: {(job.case, job.direction, job.dtype), job} for job in wanted}
+    parts |= {pool.submit(make_kernels, job, device): job for job in wanted}
     try:
-        _run(job, fault, memory)
-    finally:
-        memory.free()
+        for part in as_completed(parts, max(deadline - time.monotonic(), 0)):
+            part.result()
+            for job in [job for job, missing in waiting.items() if parts[part] in missing]:
+                waiting[job].remove(parts[part])
+                if not waiting[job]:
+                    del waiting[job]
+                    yield Ready(job, files[job.case, job.direction, job.dtype])
+    except TimeoutError:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _run(job: Job, fault: str | None, memory: Memory) -> None:
-    case, problem = job.case, job.problem
-    host = inputs(case, job.dtype)
-    if job.direction == "backward":
-        forward = expected(case, host)
-        host |= {n: forward[n].astype(numpy_dtype(problem.dtype_of(n))) for n in ("out", "lse")}
-    views: dict[str, View] = {}
-    for name in OPERANDS[job.direction]:
-        if not problem.has(name):
-            continue
-        shape, dtype = problem.shapes[name], problem.dtype_of(name)
-        size = int(np.prod(shape)) * numpy_dtype(dtype).itemsize
-        planted = fault if name == "k" else None
-        address = memory.take(size // 2 if planted == "short" else size)
-        views[name] = View(address, shape, contiguous_strides(shape), dtype, Device("cuda", 0))
-        if name in RESULTS[job.direction]:
-            checked(driver().cuMemsetD8(address, 0xFF, size), "cuMemsetD8")
-        elif planted is None:
-            data = np.ascontiguousarray(host[name])
-            checked(driver().cuMemcpyHtoD(address, data.ctypes.data, size), f"copying {name}")
-    if case.packed:
-        views |= _packed(host, views, memory)
-    executable = prepare(call_of(job.direction, problem, views), Device("cuda", 0), job.config)
-    workspace = memory.take(executable.workspace_bytes)
-    scale = problem.default_scale if case.scale is None else case.scale
-    executable([views[n].ptr if n in views else 0 for n in OPERANDS[job.direction]], scale, 0, workspace)
-    checked(driver().cuCtxSynchronize(), "cuCtxSynchronize")
-    results = {n: _read(views[n]) for n in RESULTS[job.direction] if n in views}
-    check(case, job.dtype, host, results, saved_out=job.direction == "backward")
-
-
-def _packed(host: dict[str, np.ndarray], views: dict[str, View], memory: Memory) -> dict[str, View]:
-    """q, k and v as views of one [batch, *spatial, 3, heads, head_dim]."""
-    whole = np.ascontiguousarray(np.stack([host[n] for n in "qkv"], axis=-3))
-    address, strides = memory.take(whole.nbytes), contiguous_strides(whole.shape)
-    checked(driver().cuMemcpyHtoD(address, whole.ctypes.data, whole.nbytes), "copying qkv")
-    step = strides[-3] * whole.dtype.itemsize
-    inner = (*strides[:-3], *strides[-2:])
-    return {n: views[n]._replace(ptr=address + i * step, strides=inner) for i, n in enumerate("qkv")}
-
-
-def _read(view: View) -> np.ndarray:
-    data = np.empty(view.shape, numpy_dtype(view.dtype))
-    checked(driver().cuMemcpyDtoH(data.ctypes.data, view.ptr, data.nbytes), "copying back")
-    return data
-
-
-def child(mine: Path, fault: str | None) -> int:
-    """Runs pickled jobs; prints a line for each. Returns how many gave wrong results."""
-    wrong = 0
-    with current(0):
-        for job in pickle.loads(mine.read_bytes()):
-            try:
-                run(job, fault)
-                print(json.dumps({"case": job.case.name}), flush=True)
-            except AssertionError as error:
-                wrong += 1
-                print(json.dumps({"case": job.case.name, "wrong": str(error)}), flush=True)
-    return wrong
-
-
-# ---- the processes ----
+# ---- processes under a tool ----
 
 
 @dataclass
+class Outcome:
+    """What came out under a tool."""
+
+    ran: list[tuple[str, float]] = field(default_factory=list)  # jobs, and the seconds that they took
+    wrong: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)  # jobs at which a process ended, and how
+    reports: list[int | None] = field(default_factory=list)  # of each process; None: the tool wrote no summary
+    kinds: Counter[str] = field(default_factory=Counter)
+
+
 class Process:
-    """One process under one tool, its log and what came out."""
+    """A process under a tool, which takes jobs."""
 
-    tool: str
-    direction: str
-    fault: str | None
-    shard: int
-    log: Path
-    running: subprocess.Popen
+    def __init__(self, tool: str, folder: Path, deadline: float) -> None:
+        number = next(_NUMBERS)
+        self.log = folder / f"{tool}_{number}.log"
+        address = Path(tempfile.gettempdir()) / f"natcore_{os.getpid()}_{number}_{secrets.token_hex(4)}"
+        names = sorted({info.name for c in CANDIDATES if c.name != "general" for info in c.kernels})
+        command = [sanitizer(), "--tool", tool, *TOOLS[tool], "--log-file", str(self.log)]
+        command += ["--port", str(49152 + 16 * (number % 800)), "--launch-timeout", "120"]
+        command += ["--print-limit", "200", "--show-backtrace", "device"]
+        command += [word for name in names for word in ("--kernel-name", f"kernel_substring={name}")]
+        command += [sys.executable, "-m", "tests.sanitize", "--serve", str(address)]
+        command += ["--budget-seconds", str(max(deadline - time.monotonic(), 0) + GRACE)]
+        with socket.socket(socket.AF_UNIX) as door, self.log.with_suffix(".output").open("w") as output:
+            door.bind(str(address))
+            door.listen()
+            self.running = subprocess.Popen(
+                command, stdout=output, stderr=output, start_new_session=True, env=os.environ | ENVIRONMENT
+            )
+            self.connection = self._accept(door, deadline)
+        address.unlink()
 
-    def finish(self, deadline: float) -> Outcome:
+    def _accept(self, door: socket.socket, deadline: float) -> Connection:
+        door.settimeout(0.5)
+        while True:
+            try:
+                return Connection(door.accept()[0].detach())
+            except TimeoutError:
+                if self.running.poll() is not None or time.monotonic() > deadline:
+                    os.killpg(self.running.pid, signal.SIGKILL)
+                    raise RuntimeError(f"a process under a tool did not start: {self.said()}") from None
+
+    def run(self, task: Ready, fault: str | None, deadline: float) -> tuple[str, float]:
+        """What is wrong, and seconds. EOFError where the process ended, TimeoutError at the deadline."""
+        self.connection.send((task.job, str(task.data), fault))
+        if not self.connection.poll(max(deadline - time.monotonic(), 0)):
+            raise TimeoutError
+        return self.connection.recv()
+
+    def finish(self, patience: float) -> None:
+        """Lets it end, and if it does not, ends it."""
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.connection.close()
         try:
-            output, _ = self.running.communicate(timeout=max(deadline - time.monotonic(), 0.1))
-            said = self.log.with_suffix(".stderr").read_text(errors="replace").strip().splitlines() or [""]
-            ended = f"exit code {self.running.returncode}: {said[-1][:200]}" if self.running.returncode else ""
+            self.running.wait(max(patience, 1))
         except subprocess.TimeoutExpired:
             os.killpg(self.running.pid, signal.SIGKILL)
-            output, _ = self.running.communicate()
-            ended = "stopped, the time was spent"
-        lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+            self.running.wait()
+
+    def said(self) -> str:
+        lines = self.log.with_suffix(".output").read_text(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else ""
+
+
+class Tool:
+    """All that runs under one tool: its processes share a queue."""
+
+    def __init__(self, name: str, folder: Path, deadline: float) -> None:
+        self.name, self.folder, self.deadline = name, folder, deadline
+        self.queue: Queue[Ready | None] = Queue()
+        self.outcome, self._lock = Outcome(), Lock()
+
+    def work(self) -> None:
+        """Runs jobs of the queue until None comes or the time is spent."""
+        process = None
+        while (task := self.queue.get()) is not None and time.monotonic() < self.deadline:
+            process = process or Process(self.name, self.folder, self.deadline)
+            if not self.step(process, task, None):
+                self.end(process)
+                process = None
+        if process is not None:
+            self.end(process)
+
+    def planted(self, task: Ready) -> Outcome:
+        """What comes out at this job with the tool's planted fault."""
+        other = Tool(self.name, self.folder, self.deadline)
+        process = Process(self.name, self.folder, self.deadline)
+        other.step(process, task, FAULTS[self.name])
+        other.end(process)
+        return other.outcome
+
+    def step(self, process: Process, task: Ready, fault: str | None) -> bool:
+        """Runs a job; whether the process goes on."""
+        name, outcome = task.job.name, self.outcome
+        try:
+            wrong, seconds = process.run(task, fault, self.deadline)
+        except (EOFError, OSError) as error:
+            with self._lock:
+                how = "time was spent" if isinstance(error, TimeoutError) else f"process ended: {process.said()}"
+                outcome.ended.append(f"{name}: {how}")
+            return False
+        with self._lock:
+            outcome.ran.append((name, seconds))
+            outcome.wrong += [f"{name}: {wrong}"] if wrong else []
+        return True
+
+    def end(self, process: Process) -> None:
+        process.finish(self.deadline + GRACE - time.monotonic())
+        text = process.log.read_text(errors="replace") if process.log.exists() else ""
         reports, kinds = parse(text)
-        return Outcome(len(lines), [x for x in lines if "wrong" in x], reports, kinds, ended)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    ran: int
-    wrong: list[dict]
-    reports: int | None  # None: the tool wrote no summary
-    kinds: Counter[str]
-    ended: str
+        with self._lock:
+            self.outcome.reports.append(reports)
+            self.outcome.kinds += kinds
 
 
 def parse(log: str) -> tuple[int | None, Counter[str]]:
@@ -235,28 +236,11 @@ def parse(log: str) -> tuple[int | None, Counter[str]]:
     totals += [int(n) for n in re.findall(r"RACECHECK SUMMARY: (\d+) hazard", log)]
     kinds: Counter[str] = Counter()
     lines = [line.removeprefix("=========").strip() for line in log.splitlines()]
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+    for line, following in zip_longest(lines, lines[1:], fillvalue=""):
         if re.match(r"(Invalid|Uninitialized|Error: |Warning: |Program hit|Target application|Out-of)", line):
             place = re.match(r"at (\S+?)[+(]", following)
             kinds[re.sub(r"0x[0-9a-f]+", "..", line) + (f" at {place[1]}" if place else "")] += 1
     return (sum(totals) if totals else None), kinds
-
-
-def start(tool: str, direction: str, fault: str | None, shard: int, mine: list[Job], folder: Path) -> Process:
-    names = sorted({info.name for c in CANDIDATES if c.name != "general" for info in c.kernels})
-    stem = f"{tool}_{direction}_{fault or shard}"
-    (folder / f"{stem}.jobs").write_bytes(pickle.dumps(mine))
-    command = [sanitizer(), "--tool", tool, *TOOLS[tool], "--log-file", str(folder / f"{stem}.log")]
-    command += ["--port", str(49152 + 16 * next(_NUMBERS)), "--launch-timeout", "120"]
-    command += ["--print-limit", "200", "--show-backtrace", "device"]
-    command += [word for name in names for word in ("--kernel-name", f"kernel_substring={name}")]
-    command += [sys.executable, "-m", "tests.sanitize", "--child", str(folder / f"{stem}.jobs")]
-    command += ["--fault", fault] if fault else []
-    with (folder / f"{stem}.stderr").open("w") as errors:
-        running = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
-        )  # fmt: skip
-    return Process(tool, direction, fault, shard, folder / f"{stem}.log", running)
 
 
 def sanitizer() -> str:
@@ -266,57 +250,80 @@ def sanitizer() -> str:
     return found
 
 
+# ---- the command ----
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    if options.child:
-        return child(options.child, options.fault)
+    if options.serve:
+        signal.alarm(ceil(options.budget_seconds))  # which ends the process wherever it is
+        serve(options.serve)
+        return 0
     deadline = time.monotonic() + options.budget_seconds
     folder = options.out or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    planned = {direction: jobs(direction, facts(0)) for direction in DIRECTIONS}
-    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:  # into the disk cache, for all processes
-        every = [job for found in planned.values() for job in found]
-        list(pool.map(compiled, [job.call for job in every], repeat(facts(0)), [[job.config] for job in every]))
-    wanted = [(t, d, None, s, planned[d][s::SHARDS]) for t in options.tools for d in DIRECTIONS for s in range(SHARDS)]
-    wanted += [(t, "forward", FAULTS[t], 0, planned["forward"][:1]) for t in options.tools if t in FAULTS]
-    processes = [start(*which, folder) for which in wanted]
-    outcomes = {(p.tool, p.direction, p.fault, p.shard): p.finish(deadline) for p in processes}
-    page, clean = summary(outcomes, {d: len(found) for d, found in planned.items()})
+    device = facts(0)
+    wanted = [job for direction in DIRECTIONS for job in jobs(direction, device)]
+    wanted = [job for job in wanted if any(fnmatch(job.name, pattern) for pattern in options.only)]
+    tools = [Tool(name, folder, deadline) for name in options.tools]
+    os.environ.update(ENVIRONMENT)
+    with (
+        ThreadPoolExecutor(sum(PROCESSES.values()) + len(FAULTS)) as threads,
+        ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool,
+    ):
+        workers = [threads.submit(tool.work) for tool in tools for _ in range(PROCESSES[tool.name])]
+        planted: dict[str, Future[Outcome]] = {}
+        try:
+            for task in ready(wanted, device, folder, pool, deadline):
+                for tool in tools:
+                    tool.queue.put(task)
+                    if tool.name in FAULTS and tool.name not in planted and task.job.direction == "forward":
+                        planted[tool.name] = threads.submit(tool.planted, task)
+        finally:
+            for tool in tools:
+                for _ in range(PROCESSES[tool.name]):
+                    tool.queue.put(None)
+        for worker in workers:
+            worker.result()
+        faults = {name: outcome.result() for name, outcome in planted.items()}
+    page, clean = summary({tool.name: tool.outcome for tool in tools}, faults, len(wanted))
     (folder / "sanitizer.md").write_text(page)
     print(page)
     return 0 if clean else 1
 
 
-def summary(outcomes: dict[tuple, Outcome], counts: dict[str, int]) -> tuple[str, bool]:
+def summary(outcomes: dict[str, Outcome], faults: dict[str, Outcome], total: int) -> tuple[str, bool]:
     """The table, what was reported, and whether all is as it should be."""
     from benchmarks.report import table  # brings torch, which the processes under the tools do without
 
     rows, remarks, clean = [], [], True
-    for tool, direction, fault in dict.fromkeys(key[:3] for key in outcomes):
-        shards = [outcome for key, outcome in outcomes.items() if key[:3] == (tool, direction, fault)]
-        reports = [shard.reports for shard in shards]
-        ran, total = sum(shard.ran for shard in shards), counts[direction] if fault is None else 1
-        known = None not in reports
-        found = sum(n for n in reports if n is not None)
-        name = direction if fault is None else f"{direction}, planted: {fault}"
-        rows.append([tool, name, f"{ran} of {total}" if fault is None else "", str(found) if known else "no summary"])
-        clean &= (known and found == 0 and ran == total) if fault is None else found > 0
-        for shard in shards:
-            remarks += [f"- {tool} {name}: {times} x {kind}" for kind, times in shard.kinds.most_common(10)]
-            remarks += [f"- {tool} {name}: {x['case']}: {x['wrong']}" for x in shard.wrong]
-            remarks += [f"- {tool} {name}: {shard.ended}"] if shard.ended and fault is None else []
-        clean &= fault is not None or not any(shard.wrong for shard in shards)
-    lines = ["# compute-sanitizer", "", *table(["tool", "direction", "cases run", "reports"], rows), "", *remarks, ""]
+    for tool, outcome in outcomes.items():
+        counts = [n for n in outcome.reports if n is not None]
+        known = len(counts) == len(outcome.reports)
+        rows.append(
+            [tool, f"{len(outcome.ran)} of {total}", f"{sum(counts)}{'' if known else ', some without summary'}"]
+        )
+        clean &= known and sum(counts) == 0 and len(outcome.ran) == total and not outcome.wrong
+        remarks += [f"- {tool}: {times} x {kind}" for kind, times in outcome.kinds.most_common(40)]
+        remarks += [f"- {tool}: {what}" for what in [*outcome.wrong, *outcome.ended]]
+        slowest = sorted(outcome.ran, key=lambda entry: entry[1], reverse=True)[:8]
+        remarks.append(f"- {tool}: slowest: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest))
+    for tool, outcome in faults.items():
+        found = sum(outcome.kinds.values())
+        rows.append([f"{tool}, planted: {FAULTS[tool]}", "", str(found)])
+        clean &= found > 0
+    clean &= faults.keys() == FAULTS.keys() & outcomes.keys()
+    lines = ["# compute-sanitizer", "", *table(["tool", "jobs run", "reports"], rows), "", *remarks, ""]
     return "\n".join(lines), clean
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tests.sanitize", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS))
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of names of jobs, as direction:case:kernel")
     parser.add_argument("--budget-seconds", type=float, default=140.0, help="what runs longer is stopped")
     parser.add_argument("--out", type=Path, help="folder for the logs and sanitizer.md")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--fault", choices=list(FAULTS.values()), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
