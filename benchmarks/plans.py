@@ -18,9 +18,9 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from math import prod
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -29,39 +29,17 @@ from benchmarks import shapes
 from benchmarks.configs import alternatives, compiled, spelled_out
 from benchmarks.ours import allocate, call_on, executable_on
 from benchmarks.peers import Inputs
+from benchmarks.plan_pages import DIRECTIONS, Measured, Sweep, page
 from benchmarks.shapes import Row
-from benchmarks.timing import Clock, Timing, clock_of, copy_bandwidth
-from natcore.planning import CANDIDATES, Config, DeviceFacts, choose, facts_for_arch, refusal
+from benchmarks.timing import Clock, clock_of, copy_bandwidth
+from natcore.planning import CANDIDATES, Config, DeviceFacts, Operand, choose, facts_for_arch, plan_for, refusal
 from natcore.planning.listed import contiguous_call
-from natcore.problem import Direction
+from natcore.problem import Call, Direction
+from natcore.views import ITEM_SIZES
 
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 _COMPILING = 0.55  # of the budget, at most
 _GRACE = 5.0  # seconds in which a kernel whose compilation has begun may come
 _SECONDS = 0.01  # of device time for one config; at least three repetitions
-
-
-@dataclass
-class Measured:
-    """One row in one direction: the planner's choice (None where its time is not known) and every other config."""
-
-    row: str
-    dtype: str
-    direction: Direction
-    kernel: str
-    config: str
-    why: str  # the preferred kernels' refusals, where the general ones take it
-    chosen: Timing | None = None
-    others: dict[str, Timing] = field(default_factory=dict)
-    error: str = ""
-
-
-@dataclass
-class Sweep:
-    machine: dict[str, str]
-    rates: dict[str, float] = field(default_factory=dict)
-    measured: list[Measured] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 Key = tuple[Row, str, Direction]
@@ -138,72 +116,35 @@ class Run:
             if (found.row, found.dtype, found.direction) == (row.name, dtype, direction):
                 return found
         call = contiguous_call(direction, row.problem(dtype))
-        kernel = choose(call, self.facts).name
+        choice = choose(call, self.facts)
+        kernel = choice.name
         reasons = [refusal(c, call, self.facts) for c in CANDIDATES if direction in c.directions and c.name != kernel]
         why = "; ".join(r for r in reasons if r and not r.startswith("there is no")) if kernel == "general" else ""
         found = Measured(row.name, dtype, direction, kernel, _text(spelled_out(call, self.facts)), why)
+        found.moves = moved_bytes(call, self.facts) / shapes.direction_bytes(row, dtype, direction)
+        found.clocks = None if choice.clocks is None else choice.clocks(call, self.facts)
         self.sweep.measured.append(found)
         return found
+
+
+def moved_bytes(call: Call, facts: DeviceFacts) -> int:
+    """What the planner's choice reads and writes of the tensors of q's and v's size: each once a pass."""
+    names = [
+        call.operands[index]
+        for launch in plan_for(call, facts).launches
+        for index in {p.index for p in launch.params if isinstance(p, Operand)}
+    ]
+    shapes_of = call.problem.shapes
+    return ITEM_SIZES[call.problem.dtype] * sum(prod(shapes_of[name]) for name in names if name in _LARGE)
+
+
+_LARGE = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv")
 
 
 def _text(config: Config | None) -> str:
     if config is None:
         return "the planner's"
     return " ".join([config.kernel, *(f"{name}={value}" for name, value in config.options)])
-
-
-# ---- the page ----
-
-
-def page(sweep: Sweep) -> str:
-    lines = ["# The planner's choices", "", *reports.machine_lines(sweep.machine)]
-    lines += ["; ".join(f"{name} {value:.4g}" for name, value in sweep.rates.items()) + ".", ""]
-    for dtype in dict.fromkeys(m.dtype for m in sweep.measured):
-        for direction in DIRECTIONS:
-            chosen = [m for m in sweep.measured if (m.dtype, m.direction) == (dtype, direction)]
-            lines += [f"## {dtype}, {direction}: chosen and best", "", *_choices(chosen), ""]
-            lines += [f"## {dtype}, {direction}: predicted and measured", "", *_predictions(sweep, chosen), ""]
-    errors = [f"{m.row} {m.direction}: {m.error}" for m in sweep.measured if m.error]
-    return "\n".join([*lines, *(f"- {note}" for note in [*sweep.notes, *errors]), ""])
-
-
-def _choices(measured: list[Measured]) -> list[str]:
-    rows, ratios = [], []
-    for m in measured:
-        if m.chosen is None or not m.others:
-            continue
-        name, best = min(m.others.items(), key=lambda entry: entry[1].ms)
-        if best.ms >= m.chosen.ms:
-            name, best = "the planner's", m.chosen
-        ratios.append(m.chosen.ms / best.ms)
-        figures = [f"{1e3 * m.chosen.ms:.1f}", f"{1e3 * best.ms:.1f}", f"{ratios[-1]:.2f}"]
-        rows.append([m.row, *figures, str(len(m.others)), m.config, name])
-    if not ratios:
-        return ["Nothing was timed beside the choices."]
-    head = ["row", "chosen us", "best us", "chosen / best", "others", "chosen", "best"]
-    good = sum(ratio <= 1.1 for ratio in ratios)
-    text = f"Within 10 % of the best: {good} of {len(ratios)}; the median is {median(ratios):.3f}."
-    return [text, "", *reports.table(head, rows)]
-
-
-def _predictions(sweep: Sweep, measured: list[Measured]) -> list[str]:
-    times = {m.row: (shapes.ROWS[m.row], m, m.chosen.ms) for m in measured if m.chosen}
-    rates = [shapes.fitted_rate(row, ms) for row, _, ms in times.values() if row.group == "nat"]
-    if not rates:
-        return ["None of NAT's rows was timed: there is no rate."]
-    bandwidth, rate, empty = 1e12 * sweep.rates["copy TB/s"], median(rates), sweep.rates["empty kernel us"]
-    rows, ratios = [], []
-    for row, m, ms in times.values():
-        predicted = shapes.predicted_ms(row, m.dtype, bandwidth, rate, m.direction)
-        ratios.append(ms / predicted)
-        overhead = "mostly launch" if 1e3 * predicted < 2 * empty else ""
-        why = m.why or (overhead if ratios[-1] > 1.6 else "")
-        figures = [f"{1e3 * predicted:.1f}", f"{1e3 * ms:.1f}", f"{ratios[-1]:.2f}"]
-        rows.append([row.name, row.label, m.kernel, *figures, why])
-    head = ["row", "workload", "kernel", "predicted us", "measured us", "measured / predicted", "remark"]
-    text = f"Rate: {rate:.4g} scores times head_dim per second. "
-    text += f"Within 1.6x of the prediction: {sum(ratio <= 1.6 for ratio in ratios)} of {len(ratios)}."
-    return [text, "", *reports.table(head, rows)]
 
 
 # ---- the command ----

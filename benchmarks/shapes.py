@@ -86,6 +86,12 @@ def floor_bytes(row: Row, dtype: str, backward: bool) -> int:
     return forward + (2 * (q + k + v) + out if backward else 0)
 
 
+def direction_bytes(row: Row, dtype: str, direction: Direction) -> int:
+    """`floor_bytes` of one direction by itself."""
+    forward = floor_bytes(row, dtype, backward=False)
+    return floor_bytes(row, dtype, backward=True) - forward if direction == "backward" else forward
+
+
 def useful_scores(row: Row) -> int:
     """Query-key pairs inside the windows, over batch and heads."""
     pairs = [
@@ -135,10 +141,7 @@ def _tiled_scores(row: Row, tile: Axes) -> int:
 def predicted_ms(row: Row, dtype: str, bandwidth: float, rate: float, direction: Direction = "forward") -> float:
     """One direction by max(bytes / bandwidth, computed scores * head_dim / rate), the direction's rate being
     fitted on other rows."""
-    size = floor_bytes(row, dtype, backward=False)
-    if direction == "backward":
-        size = floor_bytes(row, dtype, backward=True) - size
-    return 1e3 * max(size / bandwidth, _work(row) / rate)
+    return 1e3 * max(direction_bytes(row, dtype, direction) / bandwidth, _work(row) / rate)
 
 
 def fitted_rate(row: Row, ms: float) -> float:

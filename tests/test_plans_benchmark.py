@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import configs, plans, shapes
+from benchmarks import configs, plan_pages, plans, shapes
 from benchmarks.shapes import Row
 from benchmarks.timing import Timing
 from natcore.planning import Config, facts_for_arch, plan_for
@@ -60,7 +60,7 @@ def test_choices_stand_beside_others_and_the_prediction(tmp_path: Path) -> None:
     grouped = next(m for m in sweep.measured if (m.row, m.direction) == ("small", "backward"))
     assert grouped.kernel != "general" or "grouped heads" in grouped.why
     assert "Within 10 % of the best: " in page and "Within 1.6x of the prediction: " in page
-    assert all(line.count("|") in (0, 8) for line in page.splitlines())
+    assert all(line.count("|") in (0, 8, 9) for line in page.splitlines())
 
 
 @pytest.mark.usefixtures("small")
@@ -73,10 +73,27 @@ def test_the_best_is_the_fastest_even_if_chosen() -> None:
     def at(ms: float) -> Timing:
         return Timing(ms, ms, ms, 3)
 
-    measured = plans.Measured("7x7", "float16", "forward", "tiled", "tiled a=1", "", at(1.0), {"b": at(0.5)})
-    assert "| 7x7 | 1000.0 | 500.0 | 2.00 | 1 | tiled a=1 | b |" in plans._choices([measured])
+    measured = plan_pages.Measured("7x7", "float16", "forward", "tiled", "tiled a=1", "", chosen=at(1.0))
+    measured.others["b"] = at(0.5)
+    assert "| 7x7 | 1000.0 | 500.0 | 2.00 | 1 | tiled a=1 | b |" in plan_pages.choices([measured])
     measured.others["b"] = at(1.5)
-    assert "Within 10 % of the best: 1 of 1; the median is 1.000." in plans._choices([measured])
+    assert "Within 10 % of the best: 1 of 1; the median is 1.000." in plan_pages.choices([measured])
+
+
+def test_what_the_choice_moves() -> None:
+    row = shapes.ROWS["56x56"]
+    for direction, tensors in (("forward", 4), ("backward", 12)):  # q, k, v, d_out twice: a pass for dq, one for dk, dv
+        call = contiguous_call(direction, row.problem("float16"))
+        assert plans.moved_bytes(call, FACTS) == tensors * 2 * 128 * 56 * 56 * 2 * 32
+
+
+def test_a_figure_far_from_its_prediction_is_explained() -> None:
+    slow = Timing(1.0, 1.0, 1.0, 3)
+    sweep = plan_pages.Sweep({}, {"copy TB/s": 4.0, "empty kernel us": 4.0})
+    nat = plan_pages.Measured("56x56", "float16", "backward", "marching", "", "", chosen=Timing(0.2, 0.2, 0.2, 3))
+    far = plan_pages.Measured("kernel-3", "float16", "backward", "marching", "", "", 2.0, 3000.0, slow)
+    (line,) = [line for line in plan_pages.predictions(sweep, [nat, far]) if "| kernel-3 |" in line]
+    assert "| 2.00 | its passes take 90 us to move what they move; its cost model counts 3000 clocks |" in line
 
 
 def test_compilation_stops_at_the_deadline() -> None:
