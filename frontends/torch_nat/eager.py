@@ -5,6 +5,7 @@ Everything here runs once per call, and the host's microseconds are counted (ben
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from natcore.planning import Config
+from natcore.window import Window, window_of
 from torch_nat import launch, ops
 
 _C = torch._C
@@ -35,57 +38,88 @@ def _is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN_TYPES and not tensor.is_neg()
 
 
-def attend(call: launch.Call, with_lse: bool, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor | None] | None:
-    """out, and lse where asked for, of q, k, v or qkv, and the extras (see `launch.forward`).
+_recent = launch.recents()
+
+
+def attend(
+    rank: int,
+    window_arguments: tuple[Any, Any, Any, Any],
+    scale: float | None,
+    return_lse: bool,
+    config: Config | None,
+    dropout_p: float,
+    tensors: tuple[Any, ...],
+) -> Sequence[Any] | None:
+    """out, and lse where asked for, of q, k, v or qkv, and the extras (see `launch.run`).
 
     None if the dispatcher is needed.
     """
     if is_looked_on():
         return None
-    described = [  # launch.describe written out: microseconds count
-        None
-        if t is None
-        else (t.shape, t.is_contiguous() or t.stride(), t.dtype, t.device)
-        if type(t) in _PLAIN_TYPES and not t.is_neg()
-        else ()
-        for t in tensors
-    ]
-    with_grad = torch.is_grad_enabled() and True in [getattr(t, "requires_grad", False) for t in tensors]
-    prepared = launch.prepare_forward(call[0], call[2], call[3], with_lse or with_grad, *described)
-    if prepared is None:
-        return None
-    return _Attention.apply(call, prepared, *tensors) if with_grad else launch.forward(prepared, call[1], tensors)
+    try:
+        asked = return_lse, config, dropout_p, torch.is_grad_enabled()
+        recent = _recent(rank, *window_arguments, *asked, tensors[0].shape, *map(type, tensors))
+    except (TypeError, AttributeError):  # lists, and what is no tensor
+        recent = []
+    found = launch.find(recent, tensors)
+    if found is None:
+        found = _prepare(window_of(rank, *window_arguments), return_lse, config, dropout_p, tensors)
+        if found is None:
+            return None
+        launch.remember(recent, tensors, found)
+    prepared, kind = found
+    if kind is None:
+        return launch.run(prepared, scale, tensors)
+    results = _Attention.apply(prepared, (kind, scale), return_lse, *tensors)
+    return results if return_lse else (results,)
+
+
+def _prepare(
+    window: Window, return_lse: bool, config: Config | None, dropout_p: float, tensors: tuple[Any, ...]
+) -> tuple[launch.Prepared, launch.Kind | None] | None:
+    """The call, and its kind where a gradient is needed; None if the dispatcher is."""
+    described = [None if t is None else launch.describe(t) if _is_plain(t) else () for t in tensors]
+    with_grad = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
+    kind = window, config, dropout_p
+    prepared = launch.prepare_forward(*kind, return_lse or with_grad, *described)
+    return None if prepared is None else (prepared, kind if with_grad else None)
 
 
 class _Attention(torch.autograd.Function):
     """The gradient of a plain eager call; the dispatcher's counterpart is in `ops`."""
 
     @staticmethod
-    def forward(ctx: Any, call: launch.Call, prepared: launch.Prepared, *tensors: Any):
+    def forward(ctx: Any, prepared: launch.Prepared, call: Any, return_lse: bool, *tensors: Any):
         ctx.call = call
-        ctx.set_materialize_grads(False)
-        out, lse = launch.forward(prepared, call[1], tensors)
+        ctx.recent = prepared.gradients
+        out, lse = launch.run(prepared, call[1], tensors)
         ctx.save_for_backward(*tensors, out, lse)
+        if not return_lse:
+            return out
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None):
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None = None):
         # What marks the gradients as not differentiable takes its time, and is needed only under create_graph.
         return _gradients_once(ctx, d_out, d_lse) if torch.is_grad_enabled() else _gradients(ctx, d_out, d_lse)
 
 
 def _gradients(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of the call and its preparation (None), and of every tensor."""
+    """Of what is no tensor (None), and of every tensor."""
     *tensors, out, lse = ctx.saved_tensors
+    kind, scale = ctx.call
     if d_out is None:
         d_out = torch.zeros_like(out)
     looked_on = torch.compiler.is_compiling() or is_looked_on()
     if not looked_on and _is_plain(d_out) and (d_lse is None or _is_plain(d_lse)):
-        return None, None, *launch.backward(ctx.call, (d_out, out, lse, d_lse), tensors), None
+        recent = ctx.recent[d_lse is None]
+        return None, None, None, *launch.backward(recent, kind, scale, (d_out, out, lse, d_lse), tensors), None
+    window, config, dropout_p = kind
     leading = len(tensors) - launch.EXTRAS
-    arguments = ops.window_arguments(*ctx.call)
-    gradients = ops.backward_of(leading)(d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:], *arguments)
-    return None, None, *(None if t is None else gradient for t, gradient in zip(tensors, gradients, strict=False)), None
+    saved, arguments = (out, lse, d_lse), ops.call_arguments(window, scale, config, dropout_p)
+    found = ops.backward_of(leading)(d_out, *tensors[:leading], *saved, *tensors[leading:], *arguments)
+    return None, None, None, *ops.given_gradients(tensors[:-1], found), None
 
 
 _gradients_once = once_differentiable(_gradients)

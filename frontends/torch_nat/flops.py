@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from natcore.models import MODELS
 from torch_nat.models import create_model
+from torch_nat.ops import decode_window
 
 Counts = dict[str, int]
 KINDS = ("linear", "convolution", "attention", "rpb", "norm", "pool", "resize")
@@ -93,10 +94,10 @@ def _windows(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
     dropout_seed: Tensor | None,
-    kernel_size: Sequence[int],
+    window: str,
     *_: Any,
 ) -> Counts:
-    queries, keys = prod(q[:-1]), prod(kernel_size)
+    queries, keys = prod(q[:-1]), prod(decode_window(window).kernel_size)
     extra = 0 if additional_keys is None else additional_keys.shape[1]
     return {
         "attention": queries * (keys + extra) * (q[-1] + head_dim_v),
@@ -105,10 +106,10 @@ def _windows(
 
 
 def _scores(args: Sequence[Any], out: Tensor) -> Counts:
-    q, _, rpb, _, kernel_size = args[:5]
+    q, _, rpb, _, window = args[:5]
     return {
         "attention": out.numel() * q.shape[-1],
-        "rpb": 0 if rpb is None else prod(q.shape[:-1]) * prod(kernel_size),
+        "rpb": 0 if rpb is None else prod(q.shape[:-1]) * prod(decode_window(window).kernel_size),
     }
 
 

@@ -195,21 +195,21 @@ def _call(
     # The default 0 is an int because compilers may treat a float as a variable, which this `if` then undoes.
     tensors = (*leading, *extras, None if dropout_p == 0 else _draw_seed(leading[0]))
     if torch.compiler.is_compiling():
-        lists = [_per_axis(rank, argument) for argument in window_arguments]
-        out, lse = ops.forward_of(len(leading))(*tensors, *lists, scale, ops.encode_config(config), dropout_p)
+        window = ops.encode_window(*[ops.per_axis(rank, argument) for argument in window_arguments])
+        out, lse = ops.forward_of(len(leading))(*tensors, window, scale, ops.encode_config(config), dropout_p)
         return (out, lse) if return_lse else out
-    window = window_of(rank, *window_arguments)
-    results = eager.attend((window, scale, config, dropout_p), return_lse, tensors)
+    results = eager.attend(rank, window_arguments, scale, return_lse, config, dropout_p, tensors)
     if results is None:
+        window = window_of(rank, *window_arguments)
         results = _dispatched(window, scale, config, dropout_p, leading, extras, tensors)
-    return results if return_lse else results[0]
+    return (results[0], results[1]) if return_lse else results[0]
 
 
 def _dispatched(window, scale, config, dropout_p, leading, extras, tensors) -> tuple[Tensor, Tensor]:
     """Through the dispatcher, or whatever else looks on."""
     _check_tensors(leading, extras)
     if not torch._C._are_functorch_transforms_active():
-        return ops.forward_of(len(leading))(*tensors, *ops.window_arguments(window, scale, config, dropout_p))
+        return ops.forward_of(len(leading))(*tensors, *ops.call_arguments(window, scale, config, dropout_p))
     if torch.is_autocast_enabled(leading[0].device.type):
         tensors = transforms.cast_operands(tensors, len(leading), leading[0].device.type)
     return transforms.Transformed.apply(window, scale, config, dropout_p, *tensors)
@@ -220,11 +220,6 @@ def _draw_seed(like: Any) -> Tensor | None:
     if not isinstance(like, Tensor):
         return None
     return torch.randint(-(1 << 31), 1 << 31, (1,), dtype=torch.int32, device=like.device)
-
-
-def _per_axis(rank: int, argument: Any) -> list:
-    """For a compiler to trace; the operation itself checks the entries."""
-    return [argument] * rank if isinstance(argument, int) else list(argument)
 
 
 def _check_tensors(leading: tuple, extras: tuple) -> None:

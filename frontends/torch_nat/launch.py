@@ -1,16 +1,18 @@
-"""From torch tensors to a running kernel: read, prepare once per signature, allocate, launch.
+"""From torch tensors to a running kernel: recognise or prepare, allocate, launch.
 
-    forward(..., q, k, v) -> describe each tensor -> prepare_forward (cached on the descriptions)
-                                  -> torch.empty per result -> executable(pointers, scale, stream, workspace)
+    tensors -> find: like those of an earlier call? -> run: allocate -> executable(pointers, scale, stream, workspace)
+                  no: describe each -> prepare_* (cached on the descriptions) -> remember
 
-Nothing here knows of autograd or of the dispatcher: the callers hand over plain CPU or CUDA tensors.
+Nothing here knows of autograd or of the dispatcher: the callers hand over plain CPU or CUDA tensors. All that runs
+in a repeated call, `find` and `run`, counts its microseconds (benchmarks/latency.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from math import prod
+from operator import is_
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,7 +36,13 @@ _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "fl
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _SEEDS = {torch.int32: "uint32"}
 _WORKSPACE_ALIGNMENT = 256
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
+_RECENT = 8  # how many calls alike but for their tensors' layouts are remembered
+_TensorGuards = torch._C._dynamo.guards.TensorGuards
+# On the current device; these allocate in half the time that new_empty takes.
+_empty_cpu, _empty_cuda = torch._C._dynamo.guards._empty_strided_cpu, torch._C._dynamo.guards._empty_strided_cuda
+# Absent from CPU builds.
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 #: How many tensors follow q, k, v or qkv: rpb, additional_keys, additional_values, dropout_seed.
 EXTRAS = 4
@@ -50,8 +58,11 @@ Description = tuple[torch.Size, tuple[int, ...] | Literal[True], torch.dtype, to
 Allocation = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
-#: What one call is beside its tensors: window, scale, config, dropout_p.
-Call = tuple[Window, float | None, Config | None, float]
+#: What fixes a preparation beside the tensors: window, config, dropout_p.
+Kind = tuple[Window, Config | None, float]
+
+#: Calls that were prepared, the latest first: whether tensors are like those of the call, and what was prepared.
+Recent = list[tuple[Callable[..., bool], Any]]
 
 
 class Prepared(NamedTuple):
@@ -61,45 +72,88 @@ class Prepared(NamedTuple):
     scale: float  # the default one
     cuda_index: int | None  # None on the CPU
     results: tuple[Allocation | None, ...]  # None where absent
-    packed: tuple[tuple[int, int], ...] = ()  # of packed tensors, the last first: place, bytes from q to k to v
+    packed: tuple[tuple[int, int], ...]  # of packed tensors, the last first: place, bytes from q to k to v
+    scratch: Allocation | None  # room for the workspace
+    gradients: tuple[Recent, Recent]  # of a forward: its backwards with d_lse, and those without
 
 
-def forward(prepared: Prepared, scale: float | None, tensors: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    """out, and lse where it was asked for.
+def recents() -> Callable[..., Recent]:
+    """A place to keep prepared calls: a `Recent` for each key, which holds all that `find` does not compare, which
+    operands are absent among it."""
+    return lru_cache(maxsize=4096, typed=True)(lambda *key: [])
 
-    ``tensors``: q, k, v, or one packed [batch, *spatial, 3, heads, head_dim]; then rpb, additional_keys,
-    additional_values, dropout_seed (int32 [1]), each of which may be None; as described to `prepare_forward`.
-    """
-    like = tensors[0]
-    # new_empty_strided takes half a microsecond less than new_empty
-    out, lse = [None if r is None else like.new_empty_strided(r[0], r[1], dtype=r[2]) for r in prepared.results]
-    pointers = [0 if t is None else t.data_ptr() for t in (*tensors, out, lse)]
-    run(prepared, scale, pointers, like)
-    return out, lse  # pyright: ignore[reportReturnType]  # out is always there
+
+def find(recent: Recent, tensors: Sequence[Any]) -> Any:
+    """What was prepared for tensors like these, or None."""
+    given = [t for t in tensors if t is not None]
+    for is_like, prepared in recent:
+        if is_like(*given):
+            return prepared
+    return None
+
+
+def remember(recent: Recent, tensors: Sequence[Any], prepared: Any) -> None:
+    """``prepared`` will be found for tensors of the same types, dispatch keys (their own and those of this thread),
+    dtypes, devices, shapes and strides, that require grad where these do. One tensor in two places is never found."""
+    given = [t for t in tensors if t is not None]
+    if len(set(map(id, given))) == len(given):
+        guards = _TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # None: as they are
+        recent.insert(0, (guards.check, prepared))
+        del recent[_RECENT:]
 
 
 def backward(
-    call: Call, saved: tuple[Tensor, Tensor, Tensor, Tensor | None], tensors: Sequence[Any]
+    recent: Recent, kind: Kind, scale: float | None, saved: tuple[Tensor, Tensor, Tensor, Tensor | None], tensors: Any
 ) -> list[Tensor | None]:
-    """The gradients of all ``tensors`` but the seed, as in `forward`; None for what was not given.
+    """The gradients of all ``tensors`` but the seed, as in `run`; None for what was not given.
 
     ``saved``: d_out, out, lse, d_lse. A packed gradient is written directly as one tensor.
     """
-    window, scale, config, dropout_p = call
     d_out, out, lse, d_lse = saved
-    d_out, d_lse = readable(d_out), None if d_lse is None else readable(d_lse)
-    leading = len(tensors) - EXTRAS
-    inputs = (d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:])
-    described = [None if t is None else describe(t) for t in inputs]
-    prepared = prepare_backward(window, config, dropout_p, *described)
-    # A gradient has the shape and the dtype of its tensor.
-    results = [None if t is None else _empty_like(t, memory_format=_ROW_MAJOR) for t in tensors[:-1]]
-    pointers = [0 if t is None else t.data_ptr() for t in (*inputs, *results)]
-    run(prepared, scale, pointers, d_out)
+    inputs = (d_out, *tensors[:-EXTRAS], out, lse, d_lse, *tensors[-EXTRAS:])
+    prepared = find(recent, inputs)
+    if prepared is None:
+        given, leading = inputs, len(tensors) - EXTRAS
+        d_lse = None if d_lse is None else readable(d_lse)
+        inputs = (readable(d_out), *tensors[:leading], out, lse, d_lse, *tensors[leading:])
+        prepared = prepare_backward(*kind, *[None if t is None else describe(t) for t in inputs])
+        if all(map(is_, inputs, given)):
+            remember(recent, inputs, prepared)
+    return run(prepared, scale, inputs)
+
+
+def run(prepared: Prepared, scale: float | None, tensors: Sequence[Any]) -> list[Any]:
+    """Allocates results and launches on the current stream of the tensors' device; None for absent results.
+
+    ``tensors``: all operands but the results, as described to `prepare_forward` or `prepare_backward`. Of a forward
+    q, k, v, or one packed [batch, *spatial, 3, heads, head_dim]; then rpb, additional_keys, additional_values,
+    dropout_seed (int32 [1]), each of which may be None.
+
+    Scratch memory comes from torch's allocator. The stream orders every later use of that memory, so it may be freed
+    as soon as this returns.
+    """
+    executable, default_scale, index, allocations, packed, scratch, _ = prepared
+    if index is None:
+        empty, stream = _empty_cpu, 0
+    else:
+        empty = _empty_cuda if _current_device() == index else partial(_empty_elsewhere, tensors[0])
+        stream = _current_stream(index)
+    results = [None if a is None else empty(*a) for a in allocations]
+    pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
+    for place, step in packed:
+        start = pointers[place]
+        pointers[place : place + 1] = start, start + step, start + 2 * step
+    address = 0
+    if scratch is not None:
+        workspace = empty(*scratch)
+        address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
+    executable(pointers, default_scale if scale is None else float(scale), stream, address)
     return results
 
 
-_empty_like, _ROW_MAJOR = torch.empty_like, torch.contiguous_format
+def _empty_elsewhere(like: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On a GPU that is not the current one."""
+    return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def describe(tensor: Tensor) -> Description:
@@ -175,17 +229,17 @@ def _prepare(
         shape, dtype = problem.shapes[name], problem.dtype_of(name)
         present = name in wanted and problem.has(name)
         views[name] = View(0, shape, contiguous_strides(shape), dtype, q.device) if present else None
-    results = tuple(allocation(views[name]) for name in RESULTS[direction])
+    results = [views[name] for name in RESULTS[direction]]
     steps = () if packed is None else ((at, _strides(packed)[-3]),)
     if packed is not None and direction == "backward":
         steps = ((len(inputs) - 2, prod(q.shape[-2:])), *steps)
-        whole = contiguous_strides(tuple(packed[0]))
+        shape = tuple(packed[0])
+        whole = contiguous_strides(shape)
         views |= {name: q._replace(strides=(*whole[:-3], *whole[-2:])) for name in ("dq", "dk", "dv")}
-        results = ((tuple(packed[0]), whole, packed[2]), *results[3:])
+        results = [q._replace(shape=shape, strides=whole), *results[3:]]
     executable = backends.prepare(call_of(direction, problem, views), q.device, config)
-    index = None if q.device.type == "cpu" else q.device.index
     in_bytes = tuple((place, step * ITEM_SIZES[q.dtype]) for place, step in steps)
-    return Prepared(executable, problem.default_scale, index, results, in_bytes)
+    return prepared_of(executable, problem.default_scale, q.device, results, in_bytes)
 
 
 def split_packed(rank: int, qkv: Description) -> tuple[Description, Description, Description]:
@@ -219,22 +273,17 @@ def name_of(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def allocation(result: View | None) -> Allocation | None:
-    return None if result is None else (result.shape, result.strides, _DTYPES[result.dtype])
-
-
-def run(prepared: Prepared, scale: float | None, pointers: list[int], like: Tensor) -> None:
-    """Launch on the current stream of ``like``'s device; scratch memory comes from torch's allocator.
-
-    The stream orders every later use of that memory, so it may be freed as soon as this returns.
-    """
-    executable, default_scale, index, _, packed = prepared
-    for place, step in packed:
-        start = pointers[place]
-        pointers[place : place + 1] = start, start + step, start + 2 * step
-    address, size = 0, executable.workspace_bytes
-    if size:
-        workspace = like.new_empty(size + _WORKSPACE_ALIGNMENT, dtype=torch.uint8)
-        address = -(-workspace.data_ptr() // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT
-    stream = 0 if index is None else _current_stream(index)
-    executable(pointers, default_scale if scale is None else float(scale), stream, address)
+def prepared_of(
+    executable: backends.Executable, scale: float, device: Device, results: Iterable[View | None], packed: tuple = ()
+) -> Prepared:
+    """With all that is to be allocated; ``results`` are None where absent."""
+    size = executable.workspace_bytes
+    return Prepared(
+        executable,
+        scale,
+        None if device.type == "cpu" else device.index,
+        tuple(None if r is None else (r.shape, r.strides, _DTYPES[r.dtype]) for r in results),
+        packed,
+        ((size + _WORKSPACE_ALIGNMENT,), (1,), torch.uint8) if size else None,
+        ([], []),
+    )

@@ -7,8 +7,9 @@ come here whenever something other than plain eager execution looks on (see func
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from operator import index
 from typing import Any
 
 import torch
@@ -16,28 +17,24 @@ from torch import Tensor
 
 from natcore.planning import Config
 from natcore.problem import check_packed, problem_of
-from natcore.window import Window, window_of
+from natcore.window import Window
 from torch_nat import launch
 
 _C, _KEYS = torch._C, torch._C.DispatchKey
 
-#: is_causal is 0 or 1: torch.jit, and what counts operations with it, cannot trace a list of bool.
-_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal, float? scale, str? config, float dropout_p"
+#: Four lists of integers would cost a call 2.5 us, so the window comes as text; see `encode_window`.
+_CALL = "str window, float? scale, str? config, float dropout_p"
+#: How many arguments are no tensors.
+_CALL_ARGUMENTS = 4
 _EXTRAS = "Tensor? rpb, Tensor? additional_keys, Tensor? additional_values, Tensor? dropout_seed"
-_EXTRA_GRADIENTS = "Tensor drpb, Tensor d_additional_keys, Tensor d_additional_values"
 _SAVED = "Tensor out, Tensor lse, Tensor? d_lse"
 
-#: An absent optional gradient comes back as an empty tensor, since a schema cannot return Tensor?.
+#: A backward returns the gradients of the tensors that were given, in their order.
 SCHEMAS = {
-    "attention": f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_WINDOW}) -> (Tensor out, Tensor lse)",
-    "attention_backward": (
-        f"(Tensor d_out, Tensor q, Tensor k, Tensor v, {_SAVED}, {_EXTRAS}, {_WINDOW}) "
-        f"-> (Tensor dq, Tensor dk, Tensor dv, {_EXTRA_GRADIENTS})"
-    ),
-    "attention_packed": f"(Tensor qkv, {_EXTRAS}, {_WINDOW}) -> (Tensor out, Tensor lse)",
-    "attention_packed_backward": (
-        f"(Tensor d_out, Tensor qkv, {_SAVED}, {_EXTRAS}, {_WINDOW}) -> (Tensor dqkv, {_EXTRA_GRADIENTS})"
-    ),
+    "attention": f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_CALL}) -> (Tensor out, Tensor lse)",
+    "attention_backward": f"(Tensor d_out, Tensor q, Tensor k, Tensor v, {_SAVED}, {_EXTRAS}, {_CALL}) -> Tensor[]",
+    "attention_packed": f"(Tensor qkv, {_EXTRAS}, {_CALL}) -> (Tensor out, Tensor lse)",
+    "attention_packed_backward": f"(Tensor d_out, Tensor qkv, {_SAVED}, {_EXTRAS}, {_CALL}) -> Tensor[]",
 }
 
 LIBRARY = torch.library.Library("natcore", "DEF")
@@ -45,10 +42,36 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
 
-def window_arguments(window: Window, scale: float | None, config: Config | None, dropout_p: float) -> tuple:
+def call_arguments(window: Window, scale: float | None, config: Config | None, dropout_p: float) -> tuple:
     """The trailing arguments of every operation."""
-    lists = (list(x) for x in (window.kernel_size, window.stride, window.dilation, window.is_causal))
-    return (*lists, scale, encode_config(config), dropout_p)
+    return encoded(window), scale, encode_config(config), dropout_p
+
+
+def encoded(window: Window) -> str:
+    return encode_window(window.kernel_size, window.stride, window.dilation, window.is_causal)
+
+
+def per_axis(rank: int, argument: Any) -> Sequence[Any]:
+    """For a compiler to trace; the operation itself checks the entries."""
+    return [argument] * rank if isinstance(argument, int) else list(argument)
+
+
+def encode_window(
+    kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], is_causal: Sequence[bool]
+) -> str:
+    """ "kernel_size=7,7 stride=1,1 dilation=1,1 is_causal=0,0" """
+    k, s, d = [",".join([str(index(entry)) for entry in entries]) for entries in (kernel_size, stride, dilation)]
+    causal = ",".join(["1" if entry else "0" for entry in is_causal])
+    return f"kernel_size={k} stride={s} dilation={d} is_causal={causal}"
+
+
+@lru_cache(maxsize=1024)
+def decode_window(text: str) -> Window:
+    """Raises ValueError as `Window.of`."""
+    lists = {name: entries.split(",") for name, _, entries in (part.partition("=") for part in text.split())}
+    causal = [entry == "1" for entry in lists.pop("is_causal")]
+    rank = len(lists["kernel_size"])
+    return Window.of(rank, **{name: [int(x) for x in entries] for name, entries in lists.items()}, is_causal=causal)
 
 
 def encode_config(config: Config | None) -> str | None:
@@ -76,22 +99,21 @@ def backward_of(leading: int) -> Callable[..., tuple[Tensor, ...]]:
     return torch.ops.natcore.attention_backward if leading == 3 else torch.ops.natcore.attention_packed_backward
 
 
-def window_of_lists(kernel_size: list[int], stride: list[int], dilation: list[int], is_causal: list[int]) -> Window:
-    """From the form that a schema has."""
-    flags = tuple(map(bool, is_causal))
-    return window_of(len(kernel_size), tuple(kernel_size), tuple(stride), tuple(dilation), flags)
-
-
 # CPU and CUDA kernels.
+
+_recent, _recent_backward = launch.recents(), launch.recents()
 
 
 def _attention(*args):
-    tensors, (kernel_size, stride, dilation, is_causal, scale, config, dropout_p) = args[:-7], args[-7:]
-    window = window_of_lists(kernel_size, stride, dilation, is_causal)
-    described = [None if t is None else launch.describe(t) for t in tensors]
-    prepared = launch.prepare_forward(window, decode_config(config), dropout_p, True, *described)
-    assert prepared is not None  # the kernels are registered for CPU and CUDA alone
-    return launch.forward(prepared, scale, tensors)
+    *tensors, window, scale, config, dropout_p = args
+    recent = _recent(window, config, dropout_p, tensors[0].shape, *map(type, tensors))
+    prepared = launch.find(recent, tensors)
+    if prepared is None:
+        described = [None if t is None else launch.describe(t) for t in tensors]
+        prepared = launch.prepare_forward(decode_window(window), decode_config(config), dropout_p, True, *described)
+        assert prepared is not None  # the kernels are registered for CPU and CUDA alone
+        launch.remember(recent, tensors, prepared)
+    return tuple(launch.run(prepared, scale, tensors))
 
 
 _attention_packed = _attention
@@ -105,60 +127,64 @@ def _attention_packed_backward(d_out, qkv, out, lse, d_lse, *rest):
     return _backward((d_out, out, lse, d_lse), (qkv,), *rest)
 
 
-def _backward(saved, leading, rpb, keys, values, seed, kernel_size, stride, dilation, is_causal, scale, config, p):
-    window = window_of_lists(kernel_size, stride, dilation, is_causal)
+def _backward(saved, leading, rpb, keys, values, seed, window, scale, config, dropout_p):
     tensors = (*leading, rpb, keys, values, seed)
-    gradients = launch.backward((window, scale, decode_config(config), p), saved, tensors)
-    return tuple(saved[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
+    types = map(type, (*saved, *tensors))
+    recent = _recent_backward(window, config, dropout_p, leading[0].shape, *types)
+    kind = decode_window(window), decode_config(config), dropout_p
+    return [g for g in launch.backward(recent, kind, scale, saved, tensors) if g is not None]
 
 
 # Shapes alone. The checks are those of the kernels, so that a bad problem fails when it is traced.
 
 
-def _attention_fake(q, k, v, rpb, keys, values, seed, kernel_size, stride, dilation, is_causal, *rest):
+def _attention_fake(q, k, v, rpb, keys, values, seed, window, scale, config, dropout_p):
     given = {"q": q, "k": k, "v": v, "rpb": rpb, "additional_keys": keys, "additional_values": values}
     given["dropout_seed"] = seed
     views = {name: None if t is None else launch.view_of(name, launch.describe(t)) for name, t in given.items()}
-    problem_of(Window.of(len(kernel_size), kernel_size, stride, dilation, list(map(bool, is_causal))), views, rest[-1])
+    problem_of(decode_window(window), views, dropout_p)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=lse_dtype)
 
 
-def _attention_packed_fake(qkv, rpb, keys, values, seed, kernel_size, *window):
-    check_packed(len(kernel_size), qkv.shape)
-    return _attention_fake(*qkv.unbind(-3), rpb, keys, values, seed, kernel_size, *window)
+def _attention_packed_fake(qkv, rpb, keys, values, seed, window, *rest):
+    check_packed(decode_window(window).rank, qkv.shape)
+    return _attention_fake(*qkv.unbind(-3), rpb, keys, values, seed, window, *rest)
 
 
-def _attention_backward_fake(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, seed, *_):
-    extras = (d_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in (rpb, keys, values))
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *extras
+def _attention_backward_fake(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, *_):
+    return [t.new_empty(t.shape) for t in (q, k, v, rpb, keys, values) if t is not None]
 
 
-def _attention_packed_backward_fake(d_out, qkv, out, lse, d_lse, rpb, keys, values, seed, *_):
-    extras = (d_out.new_empty(0) if t is None else t.new_empty(t.shape) for t in (rpb, keys, values))
-    return qkv.new_empty(qkv.shape), *extras
+def _attention_packed_backward_fake(d_out, qkv, out, lse, d_lse, rpb, keys, values, *_):
+    return [t.new_empty(t.shape) for t in (qkv, rpb, keys, values) if t is not None]
 
 
 # Autograd. One pair of functions serves both forms: ``leading`` counts q, k, v or qkv.
 
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.window = inputs[:-7], inputs[-7:]
+    tensors, ctx.call = inputs[:-_CALL_ARGUMENTS], inputs[-_CALL_ARGUMENTS:]
     ctx.set_materialize_grads(False)  # a loss that does not use the LSE gives no d_lse
     ctx.save_for_backward(*tensors, *output)
 
 
 def formula(run: Callable[..., tuple[Tensor, ...]], leading: int) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The gradients of every argument, None for the seed and the last seven, by the backward operation ``run``."""
+    """The gradients of every argument, None for the seed and what is no tensor, by the backward operation ``run``."""
 
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        gradients = run(d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:], *ctx.window)
-        given = (None if tensor is None else gradient for tensor, gradient in zip(tensors, gradients, strict=False))
-        return *given, None, *(None for _ in ctx.window)
+        gradients = run(d_out, *tensors[:leading], out, lse, d_lse, *tensors[leading:], *ctx.call)
+        return *given_gradients(tensors[:-1], gradients), None, *(None for _ in ctx.call)
 
     return backward
+
+
+def given_gradients(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """What a backward operation returned, with None where a tensor was absent."""
+    found = iter(gradients)
+    return [None if tensor is None else next(found) for tensor in tensors]
 
 
 def _refuse(ctx: Any, *_: Any) -> None:
@@ -183,7 +209,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, below: Callable[..., tuple[Tensor, ...]], formula: Callable, *arguments: Any):
-        output = below(*arguments)
+        output = tuple(below(*arguments))
         ctx.formula = formula
         if formula is not _refuse:
             setup_context(ctx, arguments, output)  # pyright: ignore[reportArgumentType]  # out and lse
@@ -205,7 +231,8 @@ def _autograd(name: str, formula: Callable) -> Callable[..., tuple[Tensor, ...]]
 
     def autograd(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and _C._any_requires_grad(*arguments):
-            return _Recorded.apply(partial(below, keys), formula, *arguments)
+            output = _Recorded.apply(partial(below, keys), formula, *arguments)
+            return list(output) if formula is _refuse else output
         return kernel(*arguments) if keys.raw_repr() in _PLAIN else below(keys, *arguments)
 
     return autograd

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def _vmap(name: str) -> Callable:
     operation, (axes, result_axes) = getattr(torch.ops.natcore, name), _AXES[name]
     rpb_at = axes.index(RPB)
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple, tuple]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Sequence[Tensor], int]:
         size, tensors, rest = info.batch_size, args[: len(axes)], args[len(axes) :]
         if rest[-1] > 0:
             return _one_by_one(operation, size, in_dims, args)
@@ -47,27 +48,29 @@ def _vmap(name: str) -> Callable:
             for tensor, dim, (batch, heads) in zip(tensors, in_dims, axes, strict=False)
         ]
         results = operation(*folded, *rest)
-        present = [tensor is not None for tensor in tensors[rpb_at : rpb_at + len(_EXTRAS)]]
-        present = [True] * (len(result_axes) - len(present)) + present if name.endswith("backward") else [True, True]
-        return (
-            tuple(
-                unfold(result, heads if by_heads else batch, size) if is_present else result
-                for result, is_present, (batch, heads) in zip(results, present, result_axes, strict=True)
-            ),
-            tuple(0 if is_present else None for is_present in present),
+        found = result_axes
+        if name.endswith("backward"):
+            extras = tensors[rpb_at : rpb_at + len(_EXTRAS)]
+            given = *(True for _ in result_axes[: -len(_EXTRAS)]), *(tensor is not None for tensor in extras)
+            found = compress(result_axes, given)
+        unfolded = (
+            unfold(result, heads if by_heads else batch, size)
+            for result, (batch, heads) in zip(results, found, strict=True)
         )
+        return type(results)(unfolded), 0
 
     return rule
 
 
-def _one_by_one(operation: Callable, size: int, in_dims: tuple[int | None, ...], args: tuple) -> tuple[tuple, tuple]:
+def _one_by_one(
+    operation: Callable, size: int, in_dims: tuple[int | None, ...], args: tuple
+) -> tuple[Sequence[Tensor], int]:
     """The operation on each slice."""
     slices = [
         operation(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
         for i in range(size)
     ]
-    results = tuple(torch.stack(each) for each in zip(*slices, strict=True))
-    return results, (0,) * len(results)
+    return type(slices[0])(torch.stack(each) for each in zip(*slices, strict=True)), 0
 
 
 def fold(tensor: Tensor, dim: int | None, axis: int | None, size: int) -> Tensor:
@@ -130,11 +133,11 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(window: Window, scale: float | None, config: Config | None, dropout_p: float, *tensors: Tensor | None):
-        return ops.forward_of(len(tensors) - 4)(*tensors, *ops.window_arguments(window, scale, config, dropout_p))
+        return ops.forward_of(len(tensors) - 4)(*tensors, *ops.call_arguments(window, scale, config, dropout_p))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        ops.setup_context(ctx, (*inputs[4:], *ops.window_arguments(*inputs[:4])), output)
+        ops.setup_context(ctx, (*inputs[4:], *ops.call_arguments(*inputs[:4])), output)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -150,7 +153,7 @@ class _TransformedBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(leading: int, *arguments: Any) -> tuple[Tensor, ...]:
-        return ops.backward_of(leading)(*arguments)
+        return tuple(ops.backward_of(leading)(*arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

@@ -183,16 +183,15 @@ def _av(rank: int, weights: Any, v: Any, window: tuple, additional_values: Any, 
 
 def _call(direction: Direction, rank: int, tensors: tuple, window_arguments: tuple, rest: tuple) -> Tensor:
     if torch.compiler.is_compiling():
-        lists = [[x] * rank if isinstance(x, int) else list(x) for x in window_arguments]
-        return getattr(torch.ops.natcore, direction)(*tensors, *lists, *rest)
+        text = ops.encode_window(*[ops.per_axis(rank, argument) for argument in window_arguments])
+        return getattr(torch.ops.natcore, direction)(*tensors, text, *rest)
     for name, tensor in zip(unfused_ops.inputs_of(direction), tensors, strict=True):
         optional = name == "rpb" or name.startswith("additional")
         if not isinstance(tensor, Tensor) and not (optional and tensor is None):
             raise TypeError(f"{name} is {type(tensor).__name__}; torch_nat takes torch tensors, natcore other arrays.")
-    window = window_of(rank, *window_arguments)
-    lists = [list(x) for x in (window.kernel_size, window.stride, window.dilation, window.is_causal)]
+    text = ops.encoded(window_of(rank, *window_arguments))
     if not torch._C._are_functorch_transforms_active():
-        return getattr(torch.ops.natcore, direction)(*tensors, *lists, *rest)
+        return getattr(torch.ops.natcore, direction)(*tensors, text, *rest)
     if torch.is_autocast_enabled(tensors[0].device.type):
         tensors = unfused_ops.cast(direction, tensors, tensors[0].device.type)
-    return getattr(unfused_ops.Functions, direction)(*tensors, *lists, *rest)
+    return getattr(unfused_ops.Functions, direction)(*tensors, text, *rest)

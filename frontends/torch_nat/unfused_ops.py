@@ -26,11 +26,10 @@ from natcore.unfused import unfused_problem_of
 from natcore.views import View, contiguous_strides
 from natcore.window import Window
 from torch_nat import launch
-from torch_nat.ops import LIBRARY, decode_config, window_of_lists
+from torch_nat.ops import LIBRARY, decode_config, decode_window
 from torch_nat.transforms import MAP, RPB, cast_operands, fold, unfold
 
-_WINDOW = "int[] kernel_size, int[] stride, int[] dilation, int[] is_causal"
-_QK, _AV = f"{_WINDOW}, float scale, str? config", f"{_WINDOW}, str? config"
+_QK, _AV = "str window, float scale, str? config", "str window, str? config"
 _KEYS, _VALUES = "Tensor? rpb, Tensor? additional_keys", "Tensor? additional_values"
 #: An absent optional gradient comes back as an empty tensor, since a schema cannot return Tensor?.
 SCHEMAS: dict[Direction, str] = {
@@ -74,24 +73,20 @@ def _prepare(
     shapes = {name: problem.shapes[name] for name in RESULTS[direction] if problem.has(name)}
     results = {n: View(0, s, contiguous_strides(s), problem.dtype_of(n), device) for n, s in shapes.items()}
     executable = backends.prepare(call_of(direction, problem, views | results), device, config)
-    allocations = tuple(launch.allocation(results.get(name)) for name in RESULTS[direction])
-    return launch.Prepared(executable, 1.0, None if device.type == "cpu" else device.index, allocations)
+    return launch.prepared_of(executable, 1.0, device, map(results.get, RESULTS[direction]))
 
 
 def _kernel(direction: Direction) -> Callable:
     count, scaled = _TENSORS[direction], direction.startswith("qk")
 
     def kernel(*args: Any) -> Any:
-        tensors, lists, rest = args[:count], args[count : count + 4], args[count + 4 :]
+        tensors, window, rest = args[:count], args[count], args[count + 1 :]
         if direction.endswith("backward"):
             tensors = (launch.readable(tensors[0]), *tensors[1:])
         described = [None if t is None else launch.describe(t) for t in tensors]
-        prepared = _prepare(direction, window_of_lists(*lists), decode_config(rest[-1]), *described)
-        like = tensors[0]
-        results = [None if r is None else like.new_empty_strided(r[0], r[1], dtype=r[2]) for r in prepared.results]
-        pointers = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
-        launch.run(prepared, rest[0] if scaled else 1.0, pointers, like)
-        results = [like.new_empty(0) if r is None else r for r in results]
+        prepared = _prepare(direction, decode_window(window), decode_config(rest[-1]), *described)
+        results = launch.run(prepared, rest[0] if scaled else 1.0, tensors)
+        results = [tensors[0].new_empty(0) if r is None else r for r in results]
         return results[0] if len(results) == 1 else tuple(results)
 
     return kernel
@@ -103,7 +98,7 @@ def _fake(direction: Direction) -> Callable:
 
     def fake(*args: Any) -> Any:
         given = dict(zip(names, args[:count], strict=True))
-        window = window_of_lists(*args[count : count + 4])
+        window = decode_window(args[count])
         views = {name: None if t is None else launch.view_of(name, launch.describe(t)) for name, t in given.items()}
         problem, like = unfused_problem_of(direction, window, views), args[0]
         results = [

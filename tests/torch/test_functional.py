@@ -1,5 +1,7 @@
 """na1d, na2d, na3d: values and gradients against the reference, by both ways to the kernels."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 import torch_nat
 from tests.cases import CASES, Case, check, expected, inputs, random_case
 from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, run, tensors_of, to_numpy, to_torch
-from torch_nat import eager, launch
+from torch_nat import eager, launch, ops
 
 SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
 BY_NAME = {case.name: case for case in CASES}
@@ -42,14 +44,56 @@ def test_random_problems(case: Case):
     check(case, "float64", arrays, run(case, tensors_of(arrays)))
 
 
-def test_a_repeated_call_is_prepared_once():
-    q = torch.randn(2, 9, 5, 3, 4, requires_grad=True)
+@pytest.mark.parametrize("kernel_size", [[3, 5], (3, 5)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_repeated_call_is_prepared_once(kernel_size: Sequence[int], shared: bool):
+    """Lists, and one tensor for all of q, k and v, are looked up by what describes the tensors."""
+    q, k, v = (torch.randn(2, 9, 5, 3, 4, requires_grad=True) for _ in "qkv")
     for prepare in (launch.prepare_forward, launch.prepare_backward):
         prepare.cache_clear()
+    eager._recent.cache_clear()
     for _ in range(3):
-        torch_nat.na2d(q, q, q, [3, 5], rpb=torch.randn(3, 5, 9)).backward(torch.randn(q.shape))
+        out = torch_nat.na2d(q, *((q, q) if shared else (k, v)), kernel_size, rpb=torch.randn(3, 5, 9))
+        out.backward(torch.randn(q.shape))
     for prepare in (launch.prepare_forward, launch.prepare_backward):
-        assert (prepare.cache_info().misses, prepare.cache_info().hits) == (1, 2)
+        by_description = shared or (prepare is launch.prepare_forward and isinstance(kernel_size, list))
+        assert (prepare.cache_info().misses, prepare.cache_info().hits) == (1, 2 * by_description)
+
+
+def test_what_differs_is_told_apart():
+    """A call is remembered by its arguments and by what its tensors are like: none of these is taken for another."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 6, 6, 6, 2, 8) for _ in "qkv")
+    table, other = torch.randn(2, 5, 5, 5), torch.randn(1, 6, 6, 2, 6, 8).transpose(3, 4)
+
+    def check(*tensors: torch.Tensor, **options) -> None:
+        ops._recent.cache_clear()
+        with Looking():
+            fresh = torch_nat.na3d(*tensors, 3, **options, return_lse=True)
+        for _ in range(2):
+            results = torch_nat.na3d(*tensors, 3, **options, return_lse=True)
+            torch.testing.assert_close(results, fresh, rtol=0, atol=0)
+
+    check(q, k, v)
+    check(q, k, v, rpb=table)
+    with pytest.raises(ValueError, match="go together"):
+        torch_nat.na3d(q, k, v, 3, additional_keys=table, return_lse=True)
+    check(q, other, v)
+    check(q, k, other)
+    check(q.double(), k.double(), v.double())
+    check(q, k[..., :1, :], v[..., :1, :])
+    check(q, k, v, stride=2)
+    check(q, k, v, is_causal=True)
+    check(q, k, v, scale=0.5)
+    for wrong, message in (({"stride": True}, "must be int"), ({"is_causal": 1}, "must be bool")):
+        with pytest.raises(ValueError, match=message):
+            torch_nat.na3d(q, k, v, 3, **wrong)
+    with pytest.raises(TypeError, match="k is NoneType"):
+        torch_nat.na3d(q, None, v, 3)
+    assert torch_nat.na3d(q, k, v.requires_grad_(), 3).requires_grad
+    with torch.no_grad():
+        assert not torch_nat.na3d(q, k, v, 3).requires_grad
+    assert torch_nat.na3d(q, k, v, 3).requires_grad
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda c: c.name)

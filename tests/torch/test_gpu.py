@@ -16,6 +16,7 @@ from tests.torch.common import OPTIONAL, PACKED, run, tensors_of, to_numpy
 from tests.torch.test_functional import Looking
 from tests.torch.test_models import SMALL
 from tests.torch.test_transforms import Block
+from torch_nat import ops
 
 pytestmark = pytest.mark.gpu
 SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
@@ -103,9 +104,8 @@ def test_opcheck():
     case = BY_NAME["nat_packed"]
     tensors = tensors_of(inputs(case, "float32"), "cuda")
     given = [tensors[n] for n in "qkv"] + [tensors.get(n) for n in OPTIONAL]
-    torch.library.opcheck(
-        torch.ops.natcore.attention, (*given, None, [7, 7], [1, 1], [1, 1], [False, False], None, None, 0.0)
-    )
+    window = ops.call_arguments(case.window, None, None, 0.0)
+    torch.library.opcheck(torch.ops.natcore.attention, (*given, None, *window))
 
 
 def test_work_and_gradients_stay_on_the_current_stream():

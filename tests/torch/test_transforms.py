@@ -16,7 +16,7 @@ BY_NAME = {case.name: case for case in CASES}
 def operands(case: Case, dtype: str = "float32") -> tuple[list, list]:
     """q, k, v, rpb, additional keys and values as leaves, and the window arguments of an operation."""
     tensors = tensors_of(inputs(case, dtype))
-    window = list(ops.window_arguments(case.window, None, None, 0.0))
+    window = list(ops.call_arguments(case.window, None, None, 0.0))
     return [tensors.get(n) for n in ("q", "k", "v", *OPTIONAL, "dropout_seed")], window
 
 
@@ -78,6 +78,21 @@ class LoggingMode(TorchDispatchMode):
 def test_config_survives_the_schema():
     for config in (None, Config("window"), Config("window", (("tile", 8), ("stages", -2)))):
         assert ops.decode_config(ops.encode_config(config)) == config
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_window_survives_the_schema(case: Case):
+    assert ops.decode_window(ops.encoded(case.window)) == case.window
+
+
+def test_windows_that_change_are_compiled_anew():
+    """What a compiler takes for a variable is a constant of the operation."""
+    torch._dynamo.reset()
+    function = lambda x, kernel, dilation, scale: torch_nat.na1d(x, x, x, kernel, dilation=dilation, scale=scale)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for extent, *options in ((9, 3, 1, 0.5), (12, 4, 2, 0.25), (13, 5, 1, 0.125), (14, 3, 3, 1.5)):
+        x = torch.randn(1, extent, 2, 8)
+        torch.testing.assert_close(compiled(x, *options), function(x, *options), rtol=0, atol=0)
 
 
 class Block(torch.nn.Module):

@@ -107,9 +107,9 @@ def operands(case: Case) -> dict[str, tuple]:
     arrays = unfused_inputs(case, "float32")
     arrays |= {n: np.nan_to_num(arrays[n]) for n in ("weights", "d_scores")}  # opcheck compares
     x = {name: to_torch(a) for name, a in arrays.items()}
-    window = [list(t) for t in vars(case.window).values()]
-    qk = (x["q"].requires_grad_(), x["k"].requires_grad_(), x.get("rpb"), x.get("additional_keys"), *window, 0.5, None)
-    av = (x["weights"].requires_grad_(), x["v"].requires_grad_(), x.get("additional_values"), *window, None)
+    window = ops.encoded(case.window)
+    qk = (x["q"].requires_grad_(), x["k"].requires_grad_(), x.get("rpb"), x.get("additional_keys"), window, 0.5, None)
+    av = (x["weights"].requires_grad_(), x["v"].requires_grad_(), x.get("additional_values"), window, None)
     return {"qk": qk, "qk_backward": (x["d_scores"], *qk), "av": av, "av_backward": (x["d_out"], *av)}
 
 
@@ -351,6 +351,6 @@ def test_opcheck_with_dropout(name: str):
     case = BY_NAME[name]
     x = tensors_of({n: a for n, a in inputs(case, "float32").items() if n != "dropout_seed"})
     seed = torch.tensor([case.dropout_seed], dtype=torch.int32)
-    window = ops.window_arguments(case.window, None, None, case.dropout_p)
+    window = ops.call_arguments(case.window, None, None, case.dropout_p)
     given = (*(x.get(n) for n in ("q", "k", "v", *OPTIONAL)), seed)
     torch.library.opcheck(torch.ops.natcore.attention, (*given, *window))

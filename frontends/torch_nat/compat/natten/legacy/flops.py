@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from torch_nat.ops import decode_window
+
 Handle = Callable[[list, list], int]
 
 
@@ -46,12 +48,8 @@ def _arguments(operation: Any, inputs: list) -> dict[str, Any]:
 
 def _keys(arguments: dict[str, Any], additional: str) -> int:
     """Keys that a query sees: the window and the additional ones."""
-    window = arguments["kernel_size"]
-    constant = window.toIValue()
-    if constant is None:
-        constant = [entry.toIValue() for entry in window.node().inputs()]
-    extra = _shape(arguments[additional])
-    return prod(constant) + (extra[1] if extra else 0)
+    window, extra = decode_window(arguments["window"].toIValue()), _shape(arguments[additional])
+    return prod(window.kernel_size) + (extra[1] if extra else 0)
 
 
 def _fused(count_bias: bool) -> Handle:
