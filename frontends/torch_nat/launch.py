@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import guards
 
 from natcore import backends
 from natcore.planning import Config
@@ -37,9 +38,9 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _SEEDS = {torch.int32: "uint32"}
 _WORKSPACE_ALIGNMENT = 256
 _RECENT = 8  # how many calls alike but for their tensors' layouts are remembered
-_TensorGuards = torch._C._dynamo.guards.TensorGuards
+_guards: Any = guards
 # On the current device; these allocate in half the time that new_empty takes.
-_empty_cpu, _empty_cuda = torch._C._dynamo.guards._empty_strided_cpu, torch._C._dynamo.guards._empty_strided_cuda
+_empty_cpu, _empty_cuda = _guards._empty_strided_cpu, _guards._empty_strided_cuda
 # Absent from CPU builds.
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -97,8 +98,8 @@ def remember(recent: Recent, tensors: Sequence[Any], prepared: Any) -> None:
     dtypes, devices, shapes and strides, that require grad where these do. One tensor in two places is never found."""
     given = [t for t in tensors if t is not None]
     if len(set(map(id, given))) == len(given):
-        guards = _TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # None: as they are
-        recent.insert(0, (guards.check, prepared))
+        likeness = _guards.TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # None: as they are
+        recent.insert(0, (likeness.check, prepared))
         del recent[_RECENT:]
 
 

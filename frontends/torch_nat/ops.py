@@ -95,7 +95,7 @@ def forward_of(leading: int) -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.ops.natcore.attention if leading == 3 else torch.ops.natcore.attention_packed
 
 
-def backward_of(leading: int) -> Callable[..., tuple[Tensor, ...]]:
+def backward_of(leading: int) -> Callable[..., list[Tensor]]:
     return torch.ops.natcore.attention_backward if leading == 3 else torch.ops.natcore.attention_packed_backward
 
 
@@ -149,7 +149,8 @@ def _attention_fake(q, k, v, rpb, keys, values, seed, window, scale, config, dro
 
 def _attention_packed_fake(qkv, rpb, keys, values, seed, window, *rest):
     check_packed(decode_window(window).rank, qkv.shape)
-    return _attention_fake(*qkv.unbind(-3), rpb, keys, values, seed, window, *rest)
+    q, k, v = qkv.unbind(-3)
+    return _attention_fake(q, k, v, rpb, keys, values, seed, window, *rest)
 
 
 def _attention_backward_fake(d_out, q, k, v, out, lse, d_lse, rpb, keys, values, *_):
@@ -169,7 +170,7 @@ def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> Non
     ctx.save_for_backward(*tensors, *output)
 
 
-def formula(run: Callable[..., tuple[Tensor, ...]], leading: int) -> Callable[..., tuple[Tensor | None, ...]]:
+def formula(run: Callable[..., Sequence[Tensor]], leading: int) -> Callable[..., tuple[Tensor | None, ...]]:
     """The gradients of every argument, None for the seed and what is no tensor, by the backward operation ``run``."""
 
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -208,7 +209,7 @@ class _Recorded(torch.autograd.Function):
     """One call of an operation that autograd records; ``formula`` gives the gradients of its arguments."""
 
     @staticmethod
-    def forward(ctx: Any, below: Callable[..., tuple[Tensor, ...]], formula: Callable, *arguments: Any):
+    def forward(ctx: Any, below: Callable[..., Sequence[Tensor]], formula: Callable, *arguments: Any):
         output = tuple(below(*arguments))
         ctx.formula = formula
         if formula is not _refuse:
@@ -220,16 +221,16 @@ class _Recorded(torch.autograd.Function):
         return None, None, *ctx.formula(ctx, *gradients)
 
 
-def _autograd(name: str, formula: Callable) -> Callable[..., tuple[Tensor, ...]]:
+def _autograd(name: str, formula: Callable) -> Callable[..., Sequence[Tensor]]:
     """The kernel for autograd's key. What torch.library.register_autograd makes would do, but compiled graphs call
     operations with nothing to record, and pay for a second way through the dispatcher: here they go straight on."""
     operation, kernel = getattr(torch.ops.natcore, name).default, globals()[f"_{name}"]
 
-    def below(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def below(keys: Any, *arguments: Any) -> Sequence[Tensor]:
         with _C._AutoDispatchBelowAutograd():
             return operation.redispatch(keys & _C._after_autograd_keyset, *arguments)
 
-    def autograd(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def autograd(keys: Any, *arguments: Any) -> Sequence[Tensor]:
         if torch.is_grad_enabled() and _C._any_requires_grad(*arguments):
             output = _Recorded.apply(partial(below, keys), formula, *arguments)
             return list(output) if formula is _refuse else output

@@ -7,7 +7,6 @@ of memory. Running it again packs the pointers and launches; nothing is hashed o
 from __future__ import annotations
 
 import ctypes
-import struct
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +64,38 @@ def load_plan(call: Call, device_index: int, config: Config | None = None) -> Lo
 #: For operands that are not aligned to the width of vector loads.
 _UNALIGNED = Config("general", (("vector", 1),))
 
+_SCALES = {"float32": ctypes.c_float, "float64": ctypes.c_double}
+
+
+class _Block:
+    """One thread's parameters of a prepared call, and all arguments of its launches."""
+
+    __slots__ = ("address", "launches", "scale", "scales", "slots", "stream", "tables")
+
+    def __init__(self, slots: int) -> None:
+        self.slots = (ctypes.c_uint64 * max(slots, 1))()
+        self.address = ctypes.addressof(self.slots)
+        self.scale: float | None = None  # as it lies in the slots
+        self.scales: list[tuple[Any, float]] = []  # where it lies, and times what
+        self.stream: int | None = None  # of the configurations
+        self.launches: list[tuple[Any, Any, int]] = []  # configuration, kernel, address of its table of parameters
+        self.tables: list[Any] = []  # kept alive
+
+    def add(self, configuration: Any, kernel: Any, starts: list[int]) -> None:
+        """One more launch, whose parameters start at these bytes."""
+        self.tables.append((ctypes.c_void_p * len(starts))(*(self.address + start for start in starts)))
+        self.launches.append((configuration, kernel, ctypes.addressof(self.tables[-1])))
+
+    def set_scale(self, scale: float) -> None:
+        for place, factor in self.scales:
+            place.value = scale * factor
+        self.scale = scale
+
+    def set_stream(self, stream: int, handle: Any) -> None:
+        for configuration, *_ in self.launches:
+            configuration.hStream = handle
+        self.stream = stream
+
 
 class CudaExecutable:
     """One prepared call on one GPU. Safe to run from many threads at once.
@@ -85,10 +116,8 @@ class CudaExecutable:
         # What every launch needs, looked up once.
         self._launch_kernel, self._stream_handle = module.cuLaunchKernelEx, module.CUstream
         self._current_context = module.cuCtxGetCurrent
-        create = module.CUfunction
-        self._launches = []  # with the kernels, and where the parameters start
-        for kernel, launch in zip(loaded.kernels, loaded.plan.launches, strict=True):
-            self._launches.append((launch, create(kernel), [self._starts[p] for p in launch.params]))
+        self._kernels = [module.CUfunction(kernel) for kernel in loaded.kernels]
+        self._launches = loaded.plan.launches
         self.workspace_bytes = loaded.plan.workspace_bytes
         if self._alignments and config is None:
             # The kernels for unaligned pointers share the workspace that is asked for before pointers are known.
@@ -101,10 +130,7 @@ class CudaExecutable:
         aligned = {p.index: p.alignment - 1 for p in params if isinstance(p, Operand) and p.alignment > 1}
         self._alignments = tuple(aligned.items())
         self._offsets = tuple(p.offset for p in params if isinstance(p, Workspace))
-        scales = [p for p in params if isinstance(p, Scale)]
-        self._factors = tuple(p.factor for p in scales)
-        codes = "".join({"float32": "f4x", "float64": "d"}[p.dtype] for p in scales)
-        self._pack = struct.Struct(f"={operands}Q{len(self._offsets)}Q{codes}").pack_into
+        self._addresses = operands + len(self._offsets)
         self._starts: dict[Param, int] = {p: 8 * p.index for p in params if isinstance(p, Operand)}
         slot = operands
         for p in [p for kind in (Workspace, Scale) for p in params if isinstance(p, kind)]:
@@ -113,22 +139,7 @@ class CudaExecutable:
         for p in [p for p in params if isinstance(p, Constant)]:
             self._starts[p], slot = 8 * slot, slot + -(-len(p.data) // 8)
             self._constants.append((self._starts[p], p.data))
-        self._bytes = 8 * slot
-
-    def _make_block(self) -> tuple[bytearray, list[tuple]]:
-        """This thread's parameter block and, for each launch, what cuLaunchKernelEx takes: the configuration, which
-        has room for the stream, the kernel and the address of the parameters."""
-        block = bytearray(max(self._bytes, 8))
-        memory = (ctypes.c_char * len(block)).from_buffer(block)
-        address = ctypes.addressof(memory)
-        for start, data in self._constants:
-            block[start : start + len(data)] = data
-        launches = []
-        for launch, kernel, starts in self._launches:
-            table = (ctypes.c_void_p * len(starts))(*(address + start for start in starts))
-            launches.append((_configuration(launch), kernel, ctypes.addressof(table), (table, memory)))
-        self._local.block = block, launches
-        return self._local.block
+        self._slots = slot
 
     def __call__(self, pointers: Sequence[int], scale: float, stream: int = 0, workspace: int = 0) -> None:
         """As `natcore.backends.Executable`. Raises ValueError for a misaligned pointer under an explicit config."""
@@ -137,28 +148,42 @@ class CudaExecutable:
                 self._for_unaligned(index, pointers[index], mask + 1)(pointers, scale, stream, workspace)
                 return
         try:
-            block, launches = self._local.block
+            block = self._local.block
         except AttributeError:
-            block, launches = self._make_block()
+            block = self._local.block = self._make_block()
         if self._offsets:
             pointers = [*pointers, *[workspace + offset for offset in self._offsets]]
-        self._pack(block, 0, *pointers, *[scale * factor for factor in self._factors])
+        block.slots[: self._addresses] = pointers
+        if scale != block.scale:
+            block.set_scale(scale)
+        if stream != block.stream:
+            block.set_stream(stream, self._stream_handle(stream))
         if stream == 0:
             # The default stream is the current context's own, so the context must be right.
             error, context = self._current_context()
             if error or int(context) != self._context:
                 with current(self._device_index):
-                    self._launch(launches, 0)
+                    self._launch(block)
                 return
-        self._launch(launches, stream)
+        self._launch(block)
 
-    def _launch(self, launches: list[tuple], stream: int) -> None:
-        launch, stream_handle = self._launch_kernel, self._stream_handle(stream)
-        for configuration, kernel, params, _ in launches:
-            configuration.hStream = stream_handle
+    def _launch(self, block: _Block) -> None:
+        launch = self._launch_kernel
+        for configuration, kernel, params in block.launches:
             (error,) = launch(configuration, kernel, params, 0)
             if error:
                 self._recover(error, configuration, kernel, params)
+
+    def _make_block(self) -> _Block:
+        block = _Block(self._slots)
+        for start, data in self._constants:
+            ctypes.memmove(block.address + start, data, len(data))
+        for param, start in self._starts.items():
+            if isinstance(param, Scale):
+                block.scales.append((_SCALES[param.dtype].from_buffer(block.slots, start), param.factor))
+        for kernel, launch in zip(self._kernels, self._launches, strict=True):
+            block.add(_configuration(launch), kernel, [self._starts[p] for p in launch.params])
+        return block
 
     def _for_unaligned(self, index: int, pointer: int, alignment: int) -> CudaExecutable:
         if self._config is not None:
