@@ -14,7 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from natcore import reference
-from natcore.problem import Window
+from natcore.problem import Problem, Window
 from natcore.reference_dropout import factors
 
 ATOL = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
@@ -134,6 +134,13 @@ def random_case(draw: st.DrawFn, max_tokens: int = 200) -> Case:
         extra=draw(st.sampled_from([0, 0, 1, 3])),
         scale=draw(st.sampled_from([None, None, 0.0, -0.5, 1e-6, 2.0])),
     )
+
+
+def problem_for(case: Case, dtype: str) -> Problem:
+    """The problem of a case whose q, k and v are of ``dtype``."""
+    rpb = dtype if case.rpb == "same" else case.rpb
+    dims = case.head_dim, case.head_dim_v
+    return Problem(case.window, case.batch, case.spatial, case.heads, case.heads_kv, *dims, case.extra, dtype, rpb)
 
 
 def numpy_dtype(name: str) -> np.dtype:

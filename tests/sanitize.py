@@ -4,8 +4,7 @@
     python3 -m tests.sanitize --only "*:axial:tiled*" "backward:ragged_dilation:whole*" --tools racecheck
 
 Every job of tests/sanitize_jobs.py runs under each tool; only natcore's tensor core kernels are instrumented, and
-results are checked against the reference, too. Two more processes have a planted fault each (an allocation too short,
-an input never written): the tools must report them.
+results are checked against the reference, too. One more process of each tool has a planted fault, which it must report.
 
 Kernels are compiled and references computed by processes beside the tools', and each tool has some processes that take
 the next job that is ready. A process that ends at a job (after an invalid access nothing else runs in it) is followed
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import pickle
 import re
 import secrets
 import shutil
@@ -28,85 +26,33 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib import import_module
 from itertools import count, zip_longest
-from math import ceil, prod
+from math import ceil
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Queue
 from threading import Lock
 
-from benchmarks.configs import compiled
 from natcore.device import facts
 from natcore.planning import CANDIDATES, DeviceFacts
-from tests.sanitize_jobs import DIRECTIONS, Job, data_of, jobs, serve
+from tests.sanitize_data import Ready, ready
+from tests.sanitize_process import FAULTS, FAULTY, Job, serve
 
 TOOLS = {
     "memcheck": ("--report-api-errors", "no", "--padding", "512"),
     "racecheck": (),
     "initcheck": ("--check-api-memory-access", "no"),
 }
-PROCESSES = {"memcheck": 4, "racecheck": 7, "initcheck": 4}  # at a time
-FAULTS = {"memcheck": "short", "initcheck": "unwritten"}  # planted, to see that the tool reports them
+PROCESSES = {"memcheck": 3, "racecheck": 9, "initcheck": 3}  # at a time
 #: For the tools' processes: their work is the GPU's, and dozens of threads each would stand in each other's way.
 ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 GRACE = 10.0  # seconds from the deadline until processes end themselves
 _NUMBERS = count()  # of processes: each gets ports of its own
-
-
-# ---- jobs and their data ----
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A job whose kernels are in the disk cache, and the file with its data."""
-
-    job: Job
-    data: Path
-
-
-def cost(job: Job) -> int:
-    """Of a job's reference, in any unit: the dearest jobs are prepared first."""
-    case = job.case
-    return prod((case.batch, case.heads, *case.spatial, *case.window.kernel_size))
-
-
-def make_data(job: Job, file: Path) -> None:
-    file.write_bytes(pickle.dumps(data_of(job.case, job.direction, job.dtype)))
-
-
-def make_kernels(job: Job, device: DeviceFacts) -> None:
-    compiled(job.call, job.facts(device), [job.config])
-
-
-def ready(
-    wanted: list[Job], device: DeviceFacts, folder: Path, pool: ProcessPoolExecutor, deadline: float
-) -> Iterator[Ready]:
-    """The jobs, each as soon as it is ready. Their data are shared by all that differ in nothing but the config."""
-    files: dict[tuple, Path] = {}
-    parts = {}
-    wanted = sorted(wanted, key=cost, reverse=True)
-    for job in wanted:
-        key = (job.case, job.direction, job.dtype)
-        if key not in files:
-            files[key] = folder / f"data_{len(files)}"
-            parts[pool.submit(make_data, job, files[key])] = key
-    waiting: dict[Job, set] = {job: {(job.case, job.direction, job.dtype), job} for job in wanted}
-    parts |= {pool.submit(make_kernels, job, device): job for job in wanted}
-    try:
-        for part in as_completed(parts, max(deadline - time.monotonic(), 0)):
-            part.result()
-            for job in [job for job, missing in waiting.items() if parts[part] in missing]:
-                waiting[job].remove(parts[part])
-                if not waiting[job]:
-                    del waiting[job]
-                    yield Ready(job, files[job.case, job.direction, job.dtype])
-    except TimeoutError:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 # ---- processes under a tool ----
@@ -153,7 +99,7 @@ class Process:
                 return Connection(door.accept()[0].detach())
             except TimeoutError:
                 if self.running.poll() is not None or time.monotonic() > deadline:
-                    os.killpg(self.running.pid, signal.SIGKILL)
+                    self.kill()
                     raise RuntimeError(f"a process under a tool did not start: {self.said()}") from None
 
     def run(self, task: Ready, fault: str | None, deadline: float) -> tuple[str, float]:
@@ -171,8 +117,12 @@ class Process:
         try:
             self.running.wait(max(patience, 1))
         except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.running.pid, signal.SIGKILL)
-            self.running.wait()
+        self.running.wait()
 
     def said(self) -> str:
         lines = self.log.with_suffix(".output").read_text(errors="replace").strip().splitlines()
@@ -259,25 +209,41 @@ def main(arguments: list[str] | None = None) -> int:
         signal.alarm(ceil(options.budget_seconds))  # which ends the process wherever it is
         serve(options.serve)
         return 0
+    from tests.sanitize_jobs import DIRECTIONS, jobs  # brings much that the other processes do without
+
     deadline = time.monotonic() + options.budget_seconds
     folder = options.out or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     device = facts(0)
-    wanted = [job for direction in DIRECTIONS for job in jobs(direction, device)]
-    wanted = [job for job in wanted if any(fnmatch(job.name, pattern) for pattern in options.only)]
+    every = [job for direction in DIRECTIONS for job in jobs(direction, device)]
+    wanted = {job for job in every if any(fnmatch(job.name, pattern) for pattern in options.only)}
+    faulty = next(job for job in every if job.direction == "forward" and job.config.kernel == FAULTY)
     tools = [Tool(name, folder, deadline) for name in options.tools]
+    faults = run_all(wanted, faulty, tools, device)
+    page, clean = summary({tool.name: tool.outcome for tool in tools}, faults, len(wanted))
+    (folder / "sanitizer.md").write_text(page)
+    seconds = [f"{took:.1f} {tool.name} {name}\n" for tool in tools for name, took in tool.outcome.ran]
+    (folder / "seconds.txt").write_text("".join(seconds))
+    print(page)
+    return 0 if clean else 1
+
+
+def run_all(wanted: set[Job], faulty: Job, tools: list[Tool], device: DeviceFacts) -> dict[str, Outcome]:
+    """Runs the jobs under each tool, and another one with each tool's planted fault, whose outcomes are returned."""
     os.environ.update(ENVIRONMENT)
+    planted: dict[str, Future[Outcome]] = {}
     with (
-        ThreadPoolExecutor(sum(PROCESSES.values()) + len(FAULTS)) as threads,
+        ThreadPoolExecutor(sum(PROCESSES.values()) + len(FAULTS) + 1) as threads,
         ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool,
     ):
         workers = [threads.submit(tool.work) for tool in tools for _ in range(PROCESSES[tool.name])]
-        planted: dict[str, Future[Outcome]] = {}
+        threads.submit(import_module, "benchmarks.report")  # brings torch, which takes long
         try:
-            for task in ready(wanted, device, folder, pool, deadline):
+            for task in ready([*wanted | {faulty}], device, tools[0].folder, pool, tools[0].deadline):
                 for tool in tools:
-                    tool.queue.put(task)
-                    if tool.name in FAULTS and tool.name not in planted and task.job.direction == "forward":
+                    if task.job in wanted:
+                        tool.queue.put(task)
+                    if task.job == faulty:
                         planted[tool.name] = threads.submit(tool.planted, task)
         finally:
             for tool in tools:
@@ -285,16 +251,12 @@ def main(arguments: list[str] | None = None) -> int:
                     tool.queue.put(None)
         for worker in workers:
             worker.result()
-        faults = {name: outcome.result() for name, outcome in planted.items()}
-    page, clean = summary({tool.name: tool.outcome for tool in tools}, faults, len(wanted))
-    (folder / "sanitizer.md").write_text(page)
-    print(page)
-    return 0 if clean else 1
+        return {name: outcome.result() for name, outcome in planted.items()}
 
 
 def summary(outcomes: dict[str, Outcome], faults: dict[str, Outcome], total: int) -> tuple[str, bool]:
     """The table, what was reported, and whether all is as it should be."""
-    from benchmarks.report import table  # brings torch, which the processes under the tools do without
+    from benchmarks.report import table
 
     rows, remarks, clean = [], [], True
     for tool, outcome in outcomes.items():
@@ -306,8 +268,6 @@ def summary(outcomes: dict[str, Outcome], faults: dict[str, Outcome], total: int
         clean &= known and sum(counts) == 0 and len(outcome.ran) == total and not outcome.wrong
         remarks += [f"- {tool}: {times} x {kind}" for kind, times in outcome.kinds.most_common(40)]
         remarks += [f"- {tool}: {what}" for what in [*outcome.wrong, *outcome.ended]]
-        slowest = sorted(outcome.ran, key=lambda entry: entry[1], reverse=True)[:8]
-        remarks.append(f"- {tool}: slowest: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in slowest))
     for tool, outcome in faults.items():
         found = sum(outcome.kinds.values())
         rows.append([f"{tool}, planted: {FAULTS[tool]}", "", str(found)])

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from natcore.backends import prepare
 from natcore.planning import Config, candidates, facts_for_arch, operands, passes, plan_for
 from natcore.planning.listed import contiguous_call
-from natcore.problem import OPERANDS, RESULTS, Problem, call_of, problem_of
+from natcore.problem import OPERANDS, RESULTS, call_of, problem_of
 from natcore.views import Device, View
-from tests.cases import CASES, Case, check, expected, inputs, random_case
+from tests.cases import CASES, Case, check, expected, inputs, problem_for, random_case
 
 FACTS = facts_for_arch("sm_90a")
 DTYPES = ("float16", "bfloat16")
@@ -35,14 +35,6 @@ def fitting(case: Case) -> Case:
 def able(case: Case) -> bool:
     grouped, wide = case.heads != case.heads_kv, max(case.head_dim, case.head_dim_v) > operands.MAX_HEAD_DIM
     return not (case.extra or grouped or case.batch == 0 or wide)
-
-
-def problem_for(case: Case, dtype: str) -> Problem:
-    rpb = dtype if case.rpb == "same" else case.rpb
-    return Problem(
-        case.window, case.batch, case.spatial, case.heads, case.heads_kv, case.head_dim, case.head_dim_v,
-        case.extra, dtype, rpb,
-    )  # fmt: skip
 
 
 def of_passes(kernel: str, options: dict[str, int], fit: Callable[[Literal["queries", "keys"]], bool]) -> Config:

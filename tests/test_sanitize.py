@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from natcore import compiling
 from natcore.backends import prepare
 from natcore.planning import facts_for_arch
 from natcore.problem import Direction
 from natcore.views import Device
-from tests import sanitize, sanitize_jobs
+from tests import sanitize, sanitize_jobs, sanitize_process
 
 FACTS = facts_for_arch("sm_90a")
 
@@ -53,11 +54,11 @@ class HostDriver:
 
 def on_host(monkeypatch: pytest.MonkeyPatch) -> HostDriver:
     driver = HostDriver()
-    monkeypatch.setattr(sanitize_jobs, "driver", lambda: driver)
-    monkeypatch.setattr(sanitize_jobs, "checked", lambda result, what: result[1] if len(result) > 1 else None)
-    monkeypatch.setattr(sanitize_jobs, "prepare", lambda call, device, config: prepare(call, Device("cpu", 0)))
-    monkeypatch.setattr(sanitize_jobs, "current", lambda index: nullcontext())
-    monkeypatch.setattr(sanitize_jobs, "planned_for", lambda job: nullcontext())
+    monkeypatch.setattr(sanitize_process, "driver", lambda: driver)
+    monkeypatch.setattr(sanitize_process, "checked", lambda result, what: result[1] if len(result) > 1 else None)
+    monkeypatch.setattr(sanitize_process, "prepare", lambda call, device, config: prepare(call, Device("cpu", 0)))
+    monkeypatch.setattr(sanitize_process, "current", lambda index: nullcontext())
+    monkeypatch.setattr(sanitize_process, "planned_for", lambda job: nullcontext())
     return driver
 
 
@@ -66,7 +67,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> HostDriver:
     return on_host(monkeypatch)
 
 
-@pytest.mark.parametrize("direction", sanitize.DIRECTIONS)
+@pytest.mark.parametrize("direction", sanitize_jobs.DIRECTIONS)
 def test_jobs_run_and_are_checked(host: HostDriver, direction: Direction) -> None:
     """Every ugly case is among the jobs; some of them run here, and leave no memory behind."""
     found = sanitize_jobs.jobs(direction, FACTS)
@@ -75,12 +76,21 @@ def test_jobs_run_and_are_checked(host: HostDriver, direction: Direction) -> Non
     assert sum(bool(job.config.options) for job in found) >= 4 and not any(j.config.kernel == "general" for j in found)
     assert {job.config.kernel for job in found if job.multiprocessors == 1} == {job.config.kernel for job in found}
     for job in [*found[:4], found[-1]]:
-        sanitize_jobs.run(job, sanitize_jobs.data_of(job.case, direction, job.dtype))
+        sanitize_process.run(job, sanitize_process.data_of(job.case, direction, job.dtype))
     assert not host.held
     first = found[0]
     with pytest.raises(AssertionError, match="not finite"):
-        sanitize_jobs.run(first, sanitize_jobs.data_of(first.case, direction, first.dtype), "unwritten")
+        sanitize_process.run(first, sanitize_process.data_of(first.case, direction, first.dtype), "unwritten")
     assert not host.held
+
+
+def test_a_barrier_is_left_out() -> None:
+    """Of what is compiled meanwhile, and of nothing afterwards."""
+    name = "kernels/tiled_forward.cu"
+    before = compiling.sources_of("tiled_forward")[name]
+    with sanitize_process.unsynchronised():
+        assert compiling.sources_of("tiled_forward")[name] == before.replace(sanitize_process.BARRIER, "") != before
+    assert compiling.sources_of("tiled_forward")[name] == before
 
 
 def test_children_bring_no_framework() -> None:
@@ -93,10 +103,10 @@ def test_children_bring_no_framework() -> None:
 TOOL = f"""#!{sys.executable}
 import os, sys
 import pytest
-from tests import sanitize, sanitize_jobs, test_sanitize
+from tests import sanitize, sanitize_process, test_sanitize
 test_sanitize.on_host(pytest.MonkeyPatch())
-run = sanitize_jobs.run
-sanitize_jobs.run = lambda job, *rest: os._exit(3) if job.case.name == "axial" else run(job, *rest)
+run = sanitize_process.run
+sanitize_process.run = lambda job, *rest: os._exit(3) if job.case.name == "axial" else run(job, *rest)
 words = sys.argv
 log = open(words[words.index("--log-file") + 1], "w")
 sanitize.main(words[words.index("--serve"):])
