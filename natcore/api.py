@@ -10,24 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from natcore.planning import Config
-from natcore.problem import OPERANDS, RESULTS, Gradients
-from natcore.session import Session
-from natcore.window import window_of
+from natcore.problem import OPERANDS, Gradients
+from natcore.session import attend
 
 PerAxis = int | Sequence[int]
 PerAxisFlag = bool | Sequence[bool]
-_INPUTS = OPERANDS["forward"][:6]
-_GRADIENTS = Gradients._fields
+#: Of the arrays that are handed in, results left out.
+_NAMES = OPERANDS["forward"][:6]
+_PACKED_NAMES = ("qkv", *_NAMES[3:])
+_BACKWARD_NAMES = OPERANDS["backward"][:10]
+_NO_GRADIENTS = (None,) * len(Gradients._fields)
 
 
-def _forward(arrays, extras, window, scale, return_lse, dropout, out, config, stream):
+def _forward(arrays, extras, window_arguments, scale, return_lse, dropout, out, config, stream):
     """``arrays``: q, k and v, or (qkv,)."""
-    names = _INPUTS[:3] if len(arrays) == 3 else ("qkv",)
-    session = Session(names[0], arrays[0], stream)
-    session.read((*names, *_INPUTS[3:]), (*arrays, *extras))
-    session.seed(*dropout)
-    session.read(RESULTS["forward"], (out, None))
-    results = session.run("forward", window, scale, config, dropout[0], None if return_lse else "lse")
+    names, unwanted = _NAMES if len(arrays) == 3 else _PACKED_NAMES, None if return_lse else "lse"
+    results = attend(
+        "forward", names, (*arrays, *extras), (out, None), window_arguments, scale, config, dropout, unwanted, stream
+    )
     answer = results[-2] if out is None else out
     return (answer, results[-1]) if return_lse else answer
 
@@ -39,10 +39,7 @@ def _make_forward(rank: int):
         additional_values: Any = None, return_lse: bool = False, dropout_p: float = 0.0,
         dropout_seed: int | None = None, out: Any = None, config: Config | None = None, stream: Any = None,
     ) -> Any:  # fmt: skip
-        window, extras = (
-            window_of(rank, kernel_size, stride, dilation, is_causal),
-            (rpb, additional_keys, additional_values),
-        )
+        window, extras = (rank, kernel_size, stride, dilation, is_causal), (rpb, additional_keys, additional_values)
         dropout = (dropout_p, dropout_seed)
         return _forward((q, k, v), extras, window, scale, return_lse, dropout, out, config, stream)
 
@@ -56,10 +53,7 @@ def _make_packed(rank: int):
         additional_values: Any = None, return_lse: bool = False, dropout_p: float = 0.0,
         dropout_seed: int | None = None, out: Any = None, config: Config | None = None, stream: Any = None,
     ) -> Any:  # fmt: skip
-        window, extras = (
-            window_of(rank, kernel_size, stride, dilation, is_causal),
-            (rpb, additional_keys, additional_values),
-        )
+        window, extras = (rank, kernel_size, stride, dilation, is_causal), (rpb, additional_keys, additional_values)
         dropout = (dropout_p, dropout_seed)
         return _forward((qkv,), extras, window, scale, return_lse, dropout, out, config, stream)
 
@@ -77,13 +71,11 @@ def _make_backward(rank: int):
         for name, array in (("d_out", d_out), ("out", out), ("lse", lse)):
             if array is None:
                 raise ValueError(f"{name} is None; the backward needs it (call na{rank}d with return_lse=True).")
-        window = window_of(rank, kernel_size, stride, dilation, is_causal)
-        session = Session("q", q, stream)
-        session.read(OPERANDS["backward"][: len(arrays)], arrays)
-        session.seed(dropout_p, dropout_seed)
-        session.skip(len(_GRADIENTS))
-        results = session.run("backward", window, scale, config, dropout_p)
-        return Gradients(*results[-len(_GRADIENTS) :])
+        window, dropout = (rank, kernel_size, stride, dilation, is_causal), (dropout_p, dropout_seed)
+        results = attend(
+            "backward", _BACKWARD_NAMES, arrays, _NO_GRADIENTS, window, scale, config, dropout, None, stream
+        )
+        return Gradients(*results[-len(_NO_GRADIENTS) :])
 
     return documented(differentiate, f"na{rank}d_backward", _BACKWARD_DOC, rank)
 

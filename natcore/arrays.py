@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from natcore import dlpack
+from natcore.recent import Likeness, torch_likeness
 from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
 
 #: All that is to be known of an array but its address, as its library says it: a function, and what that
@@ -38,6 +39,9 @@ def known(name: str, view: View, read_only: bool) -> tuple[View, bool]:
 
 class Kind(Protocol):
     """One library's arrays."""
+
+    #: The library's own fast test whether arrays have the same signatures, if it has one.
+    likeness: Likeness | None
 
     def device(self, name: str, array: Any) -> Device: ...
 
@@ -70,6 +74,7 @@ class _DLPackKind:
 
     library: str
     immutable = False  # whether nothing may ever be written
+    likeness: Likeness | None = None
 
     def device(self, name: str, array: Any) -> Device:
         return dlpack.device_of(name, array)
@@ -133,12 +138,16 @@ class TorchKind(_DLPackKind):
         self._torch = torch
         self._dtypes = {name: getattr(torch, name) for name in ITEM_SIZES}
         self._current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from CPU builds
+        self.likeness = torch_likeness(torch)
+        self.address = torch.Tensor.data_ptr
 
     def device(self, name: str, array: Any) -> Device:
         return _torch_device(name, array.device)
 
     def read(self, name: str, array: Any, stream: int | None, foreign: bool) -> Borrowed:
-        if array.requires_grad or array.is_neg() or (foreign and self._is_foreign(name, array, stream)):
+        if array.is_neg():  # DLPack would hand over what lies in memory
+            raise ValueError(f"{name} is a negative view of its memory: pass {name}.resolve_neg().")
+        if array.requires_grad or (foreign and self._is_foreign(name, array, stream)):
             return super().read(name, array, stream, foreign)  # refuses or synchronises
         strides = array.is_contiguous() or array.stride()  # True is asked for and compared faster than strides
         return array.data_ptr(), (_describe_torch, array.shape, strides, array.dtype, array.device), array
@@ -150,13 +159,11 @@ class TorchKind(_DLPackKind):
         if stream is not None and stream != self._current_stream(device.index):
             with self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream, device.index)):
                 return like.new_empty(shape, dtype=self._dtypes[dtype])
-        return like.new_empty(shape, dtype=self._dtypes[dtype])
+        # Takes half the time of new_empty.
+        return like.new_empty_strided(shape, contiguous_strides(shape), dtype=self._dtypes[dtype])
 
     def namespace(self, like: Any) -> Any:
         return self._torch
-
-    def address(self, fresh: Any) -> int:
-        return fresh.data_ptr()
 
     def current_stream(self, device: Device) -> int:
         return self._current_stream(device.index)

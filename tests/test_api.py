@@ -189,6 +189,45 @@ def test_refusals(changes, error, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_a_repeated_call_takes_no_tensor_for_another():
+    """Calls with tensors are looked up by torch's own test; each of these differs in something from the one before."""
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (torch.randn(1, 6, 6, 6, 2, 8, generator=generator) for _ in range(4))
+    table, other = torch.randn(2, 5, 5, 5, generator=generator), torch.randn(1, 6, 6, 2, 6, 8).transpose(3, 4)
+
+    def check(*tensors, **options) -> None:
+        arrays = [x.numpy().copy() for x in tensors]
+        plain = {n: x.numpy() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+        out, lse = natcore.na3d(*arrays, 3, **plain, return_lse=True)
+        gradients = natcore.na3d_backward(d_out.numpy(), *arrays, out, lse, 3, **plain)
+        for _ in range(2):
+            found = natcore.na3d(*tensors, 3, **options, return_lse=True)
+            differentiated = natcore.na3d_backward(d_out, *tensors, *found, 3, **options)
+            for x, y in zip((out, lse, *gradients), (*found, *differentiated), strict=True):
+                assert x is None is y or np.array_equal(x, y.numpy())
+
+    check(q, k, v)
+    check(q, k, v, rpb=table)
+    with pytest.raises(ValueError, match="go together"):
+        natcore.na3d(q, k, v, 3, additional_keys=table, return_lse=True)
+    check(q, other, v)
+    check(q, k, v, stride=(2, 1, 1))
+    check(q, k, v, scale=0.5)
+    check(q, q, q)
+    with pytest.raises(ValueError, match="v is a negative view"):
+        natcore.na3d(q, k, torch._neg_view(v), 3)
+    out = torch.empty_like(q)
+    for _ in range(2):
+        assert natcore.na3d(q, k, v, [3, 3, 3], out=out.zero_()) is out and torch.equal(out, natcore.na3d(q, k, v, 3))
+    with pytest.raises(ValueError, match="must be int"):
+        natcore.na3d(q, k, v, 3, stride=True)
+    with pytest.raises(ValueError, match="k is None"):
+        natcore.na3d(q, None, v, 3)
+    with pytest.raises(ValueError, match="v requires grad"):
+        natcore.na3d(q, k, v.requires_grad_(), 3)
+
+
 def test_tensors_that_require_grad_are_sent_to_torch_nat():
     torch = pytest.importorskip("torch")
     x = {n: torch.from_numpy(a) for n, a in small().items()}

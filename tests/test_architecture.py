@@ -12,7 +12,7 @@ FRAMEWORKS = {"torch", "jax", "jaxlib", "flax", "cupy", "tensorflow"}
 
 #: Lower layers never import higher ones; modules of one layer may import each other.
 LAYERS = [
-    {"natcore.views", "natcore.errors"},
+    {"natcore.views", "natcore.errors", "natcore.recent"},
     {"natcore.window"},
     {"natcore.problem"},
     {"natcore.unfused"},

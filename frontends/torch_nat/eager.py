@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from natcore.planning import Config
+from natcore.recent import find, recents
 from natcore.window import Window, window_of
 from torch_nat import launch, ops
 
@@ -38,7 +39,7 @@ def _is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN_TYPES and not tensor.is_neg()
 
 
-_recent = launch.recents()
+_recent = recents()
 
 
 def attend(
@@ -61,7 +62,7 @@ def attend(
         recent = _recent(rank, *window_arguments, *asked, tensors[0].shape, *map(type, tensors))
     except (TypeError, AttributeError):  # lists, and what is no tensor
         recent = []
-    found = launch.find(recent, tensors)
+    found = find(recent, tensors)
     if found is None:
         found = _prepare(window_of(rank, *window_arguments), return_lse, config, dropout_p, tensors)
         if found is None:

@@ -9,7 +9,7 @@ in a repeated call, `find` and `run`, counts its microseconds (benchmarks/latenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from math import prod
 from operator import is_
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._dynamo import guards
 
 from natcore import backends
+from natcore import recent as recents
 from natcore.planning import Config
 from natcore.problem import (
     OPERANDS,
@@ -30,6 +31,7 @@ from natcore.problem import (
     check_packed,
     problem_of,
 )
+from natcore.recent import Recent, find, torch_likeness
 from natcore.views import ITEM_SIZES, Device, View, contiguous_strides
 from natcore.window import Window
 
@@ -37,8 +39,8 @@ _NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "fl
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _SEEDS = {torch.int32: "uint32"}
 _WORKSPACE_ALIGNMENT = 256
-_RECENT = 8  # how many calls alike but for their tensors' layouts are remembered
 _guards: Any = guards
+_likeness = torch_likeness(torch)
 # On the current device; these allocate in half the time that new_empty takes.
 _empty_cpu, _empty_cuda = _guards._empty_strided_cpu, _guards._empty_strided_cuda
 # Absent from CPU builds.
@@ -62,9 +64,6 @@ Allocation = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 #: What fixes a preparation beside the tensors: window, config, dropout_p.
 Kind = tuple[Window, Config | None, float]
 
-#: Calls that were prepared, the latest first: whether tensors are like those of the call, and what was prepared.
-Recent = list[tuple[Callable[..., bool], Any]]
-
 
 class Prepared(NamedTuple):
     """One call, ready for pointers."""
@@ -78,29 +77,10 @@ class Prepared(NamedTuple):
     gradients: tuple[Recent, Recent]  # of a forward: its backwards with d_lse, and those without
 
 
-def recents() -> Callable[..., Recent]:
-    """A place to keep prepared calls: a `Recent` for each key, which holds all that `find` does not compare, which
-    operands are absent among it."""
-    return lru_cache(maxsize=4096, typed=True)(lambda *key: [])
-
-
-def find(recent: Recent, tensors: Sequence[Any]) -> Any:
-    """What was prepared for tensors like these, or None."""
-    given = [t for t in tensors if t is not None]
-    for is_like, prepared in recent:
-        if is_like(*given):
-            return prepared
-    return None
-
-
 def remember(recent: Recent, tensors: Sequence[Any], prepared: Any) -> None:
-    """``prepared`` will be found for tensors of the same types, dispatch keys (their own and those of this thread),
-    dtypes, devices, shapes and strides, that require grad where these do. One tensor in two places is never found."""
-    given = [t for t in tensors if t is not None]
-    if len(set(map(id, given))) == len(given):
-        likeness = _guards.TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None)  # None: as they are
-        recent.insert(0, (likeness.check, prepared))
-        del recent[_RECENT:]
+    """As `natcore.recent.remember`, for tensors like these."""
+    is_like = None if _likeness is None else _likeness([t for t in tensors if t is not None])
+    recents.remember(recent, is_like, prepared)
 
 
 def backward(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from natcore.planning import Config
 from natcore.problem import check_packed, problem_of
+from natcore.recent import find, recents
 from natcore.window import Window
 from torch_nat import launch
 
@@ -101,13 +102,13 @@ def backward_of(leading: int) -> Callable[..., list[Tensor]]:
 
 # CPU and CUDA kernels.
 
-_recent, _recent_backward = launch.recents(), launch.recents()
+_recent, _recent_backward = recents(), recents()
 
 
 def _attention(*args):
     *tensors, window, scale, config, dropout_p = args
     recent = _recent(window, config, dropout_p, tensors[0].shape, *map(type, tensors))
-    prepared = launch.find(recent, tensors)
+    prepared = find(recent, tensors)
     if prepared is None:
         described = [None if t is None else launch.describe(t) for t in tensors]
         prepared = launch.prepare_forward(decode_window(window), decode_config(config), dropout_p, True, *described)
