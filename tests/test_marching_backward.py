@@ -330,3 +330,30 @@ def test_other_geometries(case: Case, name: str) -> None:
 @pytest.mark.parametrize("name", ["several_strips", "ragged_groups", "causal_rows_strides"])
 def test_bitwise_equal_over_1000_runs(name: str) -> None:
     Run(next(case for case in CASES if case.name == name), "bfloat16", Config("marching")).repeat(1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(
+    ("extent", "kernel"), [(28, "marching"), (14, "resident"), (14, "tiled_backward"), (7, "whole")]
+)
+def test_later_passes_wait_for_earlier_ones(extent: int, kernel: str, captured: bool) -> None:
+    """What passes leave for later ones, some of which start early, is NaN before each run; in a graph, too."""
+    import torch
+
+    case = Case("passes", (extent, extent), 7, heads=4, heads_kv=4, batch=8, **WIDE)
+    run = Run(case, "float16", Config(kernel))
+    run()
+    run.check()
+    first = {n: t.clone() for n, t in run.results.items()}
+    work = run
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        work = graph.replay
+    for _ in range(100):
+        for t in (run.workspace, *run.results.values()):
+            t.fill_(255 if t is run.workspace else float("nan"))
+        work()
+        assert all(torch.equal(t, first[n]) for n, t in run.results.items())

@@ -27,7 +27,6 @@ from natcore.planning.plan import (
     Plan,
     Scale,
     Workspace,
-    capability,
 )
 from natcore.problem import OPERANDS, Call, Direction
 
@@ -57,7 +56,6 @@ def _launch(
         (g.threads, 1, 1),
         g.shared_bytes,
         (*operands, Scale("float32"), Constant(constants)),
-        overlaps=g.own_keys and capability(facts.arch) >= 90,
     )
 
 

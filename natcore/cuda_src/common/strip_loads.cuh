@@ -3,7 +3,6 @@
 
 #include "common/strips.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 
 // Rows of one tensor: which 16-byte chunks of a row are this lane's. A row's chunks are numbered chunks of a head
@@ -69,19 +68,27 @@ __device__ __forceinline__ void clear_margins(unsigned char* shared) {  // aroun
   }
 }
 
-// What the consumers do before anything is copied: barriers, and whatever no copy ever writes. Meanwhile the producers
-// find out what to copy.
-__device__ __forceinline__ void prepare_shared(unsigned char* shared, const Barriers& barriers) {
-  for (int i = threadIdx.x; i < RING + OWN_RING; i += 32 * CONSUMERS) {
-    const bool seen = i < RING;
-    mbarrier_init(seen ? barriers.full(i) : barriers.own_full(i - RING), 32 * PRODUCERS);
-    mbarrier_init(seen ? barriers.empty(i) : barriers.own_empty(i - RING), CONSUMERS);
+// All barriers, by one thread: addresses that differ between lanes would be taken one after the other.
+__device__ __forceinline__ void make_barriers(const Barriers& barriers) {
+#pragma unroll
+  for (int i = 0; i < RING; ++i) {
+    mbarrier_init(barriers.full(i), 32 * PRODUCERS);
+    mbarrier_init(barriers.empty(i), CONSUMERS);
   }
+#pragma unroll
+  for (int i = 0; i < OWN_RING; ++i) {
+    mbarrier_init(barriers.own_full(i), 32 * PRODUCERS);
+    mbarrier_init(barriers.own_empty(i), CONSUMERS);
+  }
+}
+
+// What the consumers do before anything is copied: whatever no copy ever writes. Meanwhile the producers make the
+// barriers and find out what to copy.
+__device__ __forceinline__ void prepare_shared(unsigned char* shared) {
   clear_rest<HEAD_DIM>(shared, SEEN_D_END);
   clear_rest<HEAD_DIM_V>(shared + SEEN_D_END, OWN_D_AT - SEEN_D_END);
-  // Rows of queries below the map are never copied, but drpb adds up 0 times what they hold.
-  clear_rest<PASS == QUERIES ? 1 : HEAD_DIM>(shared + OWN_D_AT, OWN_V_AT - OWN_D_AT);
-  clear_rest<PASS == QUERIES ? 1 : HEAD_DIM_V>(shared + OWN_V_AT, OUT_AT - OWN_V_AT);
+  clear_rest<HEAD_DIM>(shared + OWN_D_AT, OWN_V_AT - OWN_D_AT);
+  clear_rest<HEAD_DIM_V>(shared + OWN_V_AT, OUT_AT - OWN_V_AT);
   if constexpr (MARGIN > 0) {
     clear_margins<SeenD>(shared + SEEN_D_AT);
     clear_margins<SeenV>(shared + SEEN_V_AT);
@@ -140,8 +147,7 @@ struct Sources {
 };
 
 // All that producer `warp` of a block does: items [begin, end) of the heads from first_head on. Copies of rows are
-// numbered, and producers take turns. The backward of keys asks for all that its first band needs but the scalars before
-// it waits for the backward of queries, which writes these.
+// numbered, and producers take turns.
 __device__ __forceinline__ void produce(unsigned shared, const Barriers& barriers, const Sources& from,
                                         const Sizes& sizes, int first_head, int begin, int end, int warp, int lane) {
   const RowCopy<HEAD_DIM, SeenD> copy_seen_d(from.seen_d.layout, first_head, from.seen_d.ratio, lane);
@@ -151,7 +157,7 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
   const RowCopy<HEAD_DIM_V, OwnV> copy_own_o(from.own_o.layout, first_head, from.own_o.ratio, lane);
   Turn<RING> stage;
   Turn<OWN_RING> band_turn;
-  bool waits = OWN_KEYS;
+  if (warp == 0 && lane == 0) make_barriers(barriers);
   all_are_prepared();
 #pragma unroll 1
   for (int item = begin; item < end;) {
@@ -165,20 +171,10 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
     const float *lse = nullptr, *d_lse = nullptr;
     if (PASS == QUERIES) lse = run.base(from.lse, from.of_lse, 0);
     if (PASS == QUERIES && from.d_lse != nullptr) d_lse = run.base(from.d_lse, from.of_d_lse, 0);
-    // The scalars of stage s to a slot, of which everything is then on its way.
-    const auto finish_stage = [&](int s, int slot) {
-#pragma unroll
-      for (int r = 0; r < BAND; ++r) {
-        const int y = s * BAND - SHIFT + r, at = slot * BAND + r;
-        if (OWN_KEYS && (r * 3 + 2) % PRODUCERS == warp && y >= 0 && y < run.length[0])
-          copy_scalars(shared + SCALARS_AT + at * SCALARS_ROW, from.scalars, sizes, run, first_head, y, lane);
-      }
-      cp_async_arrive(barriers.full(slot));
-    };
     int s = stage_of(run.rows_of(run.first).start);
 #pragma unroll 1
     for (int band = run.first; band <= run.last; ++band) {
-      const int since = s, until = stage_of(run.rows_of(band).end - 1);
+      const int until = stage_of(run.rows_of(band).end - 1);
 #pragma unroll 1
       for (; s <= until; ++s) {
         mbarrier_wait(barriers.empty(stage.slot), stage.phase ^ 1);
@@ -192,22 +188,27 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
           if ((r * kinds + 1) % PRODUCERS == warp)
             copy_seen_v.copy<COLUMNS>(shared + SEEN_V_AT + at * SeenV::PITCH, seen_v, from.seen_v.layout, y,
                                       run.origin(), length);
+          if (OWN_KEYS && (r * kinds + 2) % PRODUCERS == warp)
+            copy_scalars(shared + SCALARS_AT + at * SCALARS_ROW, from.scalars, sizes, run, first_head, y, lane);
         }
-        if (!waits) finish_stage(s, stage.slot);
+        cp_async_arrive(barriers.full(stage.slot));
         stage.advance();
       }
       mbarrier_wait(barriers.own_empty(band_turn.slot), band_turn.phase ^ 1);
 #pragma unroll
       for (int r = 0; r < BAND; ++r) {
         const int y = band * BAND + r, at = band_turn.slot * BAND + r, kinds = PASS == FORWARD ? 1 : OWN_KEYS ? 2 : 5;
-        if (y >= run.length[0]) continue;
+        // Rows of queries below the map become zeros, for drpb adds up 0 times what they hold.
+        const int row = smaller(y, run.length[0] - 1), its = y == row ? length : 0;  // columns
+        if (PASS != QUERIES && y != row) continue;
         if (r * kinds % PRODUCERS == warp)
-          copy_own_d.copy<STRIP>(shared + OWN_D_AT + at * OwnD::PITCH, own_d, from.own_d.layout, y, run.start, length);
+          copy_own_d.copy<STRIP>(shared + OWN_D_AT + at * OwnD::PITCH, own_d, from.own_d.layout, row, run.start, its);
         if (PASS != FORWARD && (r * kinds + 1) % PRODUCERS == warp)
-          copy_own_v.copy<STRIP>(shared + OWN_V_AT + at * OwnV::PITCH, own_v, from.own_v.layout, y, run.start, length);
+          copy_own_v.copy<STRIP>(shared + OWN_V_AT + at * OwnV::PITCH, own_v, from.own_v.layout, row, run.start, its);
         if (PASS != QUERIES) continue;
         if ((r * kinds + 2) % PRODUCERS == warp)
-          copy_own_o.copy<STRIP>(shared + OWN_O_AT + at * OwnV::PITCH, own_o, from.own_o.layout, y, run.start, length);
+          copy_own_o.copy<STRIP>(shared + OWN_O_AT + at * OwnV::PITCH, own_o, from.own_o.layout, row, run.start, its);
+        if (y != row) continue;
         if ((r * kinds + 3) % PRODUCERS == warp)
           copy_own_scalars(shared + SCALARS_AT + at * SCALARS_ROW, lse, from.of_lse, run, first_head, y, lane);
         if (d_lse != nullptr && (r * kinds + 4) % PRODUCERS == warp)
@@ -216,12 +217,6 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
       }
       cp_async_arrive(barriers.own_full(band_turn.slot));
       band_turn.advance();
-      if (waits) {  // the first band, whose stages are the first of the ring
-        wait_for_previous_grid();
-        for (int first = since; first <= until; ++first) finish_stage(first, first - since);
-        waits = false;
-      }
     }
   }
-  if (waits) wait_for_previous_grid();
 }

@@ -1,8 +1,8 @@
 // Neighbourhood attention, backward of keys, on tensor cores: small two-dimensional windows, 16-bit elements.
 //
 // The mirror image of marching_queries.cu: a warp's own tokens are keys, and the rows that come by those of the queries
-// that see them, with output gradients and the scalars that marching_queries.cu wrote. Its blocks may start before that
-// has ended: the producers wait for it (common/strip_loads.cuh), and when they are done sum up drpb.
+// that see them, with output gradients and the scalars that marching_queries.cu wrote. Producers that are done sum up
+// drpb.
 //
 //   S = Q K^T, dP = dO V^T + d_lse - delta, P = exp(S - lse), dS = P dP, dV^T += dO^T P, dK^T += Q^T dS
 //
@@ -135,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
                   Element* __restrict__ dk,             // [batch, x0, x1, heads, HEAD_DIM], or null
                   Element* __restrict__ dv,             // [batch, x0, x1, heads, HEAD_DIM_V], or null
                   BiasElement* __restrict__ drpb,       // [heads, 2 k0 - 1, 2 k1 - 1], or null
-                  const float* drpb_partials,           // [slices, heads, 2 k0 - 1, 2 k1 - 1]; written meanwhile
+                  const float* __restrict__ drpb_partials,  // [slices, heads, 2 k0 - 1, 2 k1 - 1]
                   float scale, const __grid_constant__ Params params) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Sizes& sizes = params.sizes;
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       sum_bias(drpb, drpb_partials, params.drpb, sizes.head_groups * HEADS, params.slices, lane);
     return;
   }
-  prepare_shared(shared, barriers);
+  prepare_shared(shared);
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
               params.rpb, parts.bias);
 

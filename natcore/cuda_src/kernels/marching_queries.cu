@@ -131,7 +131,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   const unsigned base = shared_address(shared);
   const Barriers barriers{base + BARRIERS_AT};
   const ScaleParts parts(scale);
-  launch_dependents();  // marching_keys.cu has much to copy before it needs what this kernel writes
 
   if (warp >= CONSUMERS) {
     const Sources from{{k, params.k, sizes.heads_per_kv}, {v, params.v, sizes.heads_per_kv}, {q, params.q, 1},
@@ -139,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, lane);
     return;
   }
-  prepare_shared(shared, barriers);
+  prepare_shared(shared);
   for (int i = threadIdx.x; i < SUMS_BYTES / 4; i += 32 * CONSUMERS)
     reinterpret_cast<float*>(shared + SUMS_AT)[i] = 0.f;
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,

@@ -1,13 +1,6 @@
 // A kernel that starts while the one before it in the stream still runs (sm_90 and later, where the launch allows it;
-// elsewhere these do nothing, for nothing overlaps).
+// elsewhere this does nothing, for nothing overlaps).
 #pragma once
-
-// Lets the next kernel's blocks start as soon as all blocks of this one have said so, or ended, and leave room.
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // Waits until the kernel before this one has ended and what it wrote is visible. Every block must, before it reads or
 // writes anything that earlier kernels write or read: what comes after this kernel waits for this one only.
