@@ -152,7 +152,19 @@ def prepare_launch(launch: Launch, index: int) -> Any:
             name = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             result = driver().cuKernelSetAttribute(name, launch.shared_bytes, kernel, _device(index))
             check(result, f"granting kernel {launch.kernel.name} {launch.shared_bytes} bytes of shared memory")
+        _load(kernel, launch.kernel.name)
     return kernel
+
+
+def _load(kernel: Any, name: str) -> None:
+    """Brings a kernel's code into the current context, which the driver otherwise puts off until the first launch: a
+    capture does not survive the memory that may take."""
+    function = check(driver().cuKernelGetFunction(kernel), f"loading kernel {name}")
+    try:
+        result = driver().cuFuncLoad(function)
+    except (AttributeError, RuntimeError):  # bindings or a driver from before CUDA 12.4, which cannot be asked
+        return
+    check(result, f"loading kernel {name}")
 
 
 def _check_launch(launch: Launch, kernel: Any, index: int) -> None:

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from natcore.backends import prepare
 from natcore.backends.cuda import facts, load_plan
 from natcore.compiling import compile_kernels
-from natcore.device import prepare_launch
+from natcore.device import check as check_driver
+from natcore.device import current, driver, prepare_launch
 from natcore.errors import CudaError
 from natcore.planning import Config, KernelSpec, plan_for
 from natcore.problem import OPERANDS, RESULTS, Call, Direction, call_of, problem_of
@@ -90,7 +91,7 @@ def run(direction: Direction, case: Case, arrays: dict[str, Array], config: Conf
     workspace = torch.full((executable.workspace_bytes + 2 * GUARD,), 0xFF, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     pointers = [views[n].ptr if n in views else 0 for n in OPERANDS[direction]]
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    scale = case.its_scale
     executable(pointers, scale, stream, workspace.data_ptr() + GUARD)
     torch.cuda.synchronize()
     guards = torch.cat([workspace[:GUARD], workspace[-GUARD:]])
@@ -351,6 +352,19 @@ def test_launch_limits_are_checked_when_loading():
     ):
         with pytest.raises(NotImplementedError, match=message):
             prepare_launch(replace(launch, **fields), 0)
+
+
+def test_kernels_are_loaded_before_their_first_launch():
+    """A launch that has to load code allocates memory, which a graph that is being captured does not survive."""
+    case = replace(BY_NAME["nat_block"], heads=5, heads_kv=5)
+    _, device = upload(case, "bfloat16")
+    views = {n: device[n].view for n in OPERANDS["forward"] if n in device}
+    loaded = load_plan(call_of("forward", problem_of(case.window, views), views), 0, GENERAL)
+    with current(0):
+        for kernel in loaded.kernels:
+            function = check_driver(driver().cuKernelGetFunction(kernel), "cuKernelGetFunction")
+            state = check_driver(driver().cuFuncIsLoaded(function), "cuFuncIsLoaded")
+            assert state == driver().CUfunctionLoadingState.CU_FUNCTION_LOADING_STATE_LOADED
 
 
 def test_facts_and_errors():
