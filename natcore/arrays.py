@@ -160,13 +160,16 @@ class TorchKind(_DLPackKind):
             with self._torch.cuda.stream(self._torch.cuda.ExternalStream(stream, device.index)):
                 return like.new_empty(shape, dtype=self._dtypes[dtype])
         # Takes half the time of new_empty.
-        return like.new_empty_strided(shape, contiguous_strides(shape), dtype=self._dtypes[dtype])
+        return like.new_empty_strided(shape, _strides_of(shape), dtype=self._dtypes[dtype])
 
     def namespace(self, like: Any) -> Any:
         return self._torch
 
     def current_stream(self, device: Device) -> int:
         return self._current_stream(device.index)
+
+
+_strides_of = lru_cache(maxsize=4096)(contiguous_strides)
 
 
 @lru_cache(maxsize=256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -36,7 +35,6 @@ class View(NamedTuple):
         return prod(self.shape)
 
 
-@lru_cache(maxsize=4096)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides, in elements, of a freshly allocated array."""
     strides = [1] * len(shape)

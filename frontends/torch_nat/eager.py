@@ -71,7 +71,7 @@ def attend(
     prepared, kind = found
     if kind is None:
         return launch.run(prepared, scale, tensors)
-    results = _Attention.apply(prepared, (kind, scale), return_lse, *tensors)
+    results = _Attention.apply((prepared, kind, scale, return_lse), *tensors)
     return results if return_lse else (results,)
 
 
@@ -90,10 +90,9 @@ class _Attention(torch.autograd.Function):
     """The gradient of a plain eager call; the dispatcher's counterpart is in `ops`."""
 
     @staticmethod
-    def forward(ctx: Any, prepared: launch.Prepared, call: Any, return_lse: bool, *tensors: Any):
-        ctx.call = call
-        ctx.recent = prepared.gradients
-        out, lse = launch.run(prepared, call[1], tensors)
+    def forward(ctx: Any, call: tuple[launch.Prepared, launch.Kind, float | None, bool], *tensors: Any):
+        prepared, _, scale, return_lse = ctx.call = call
+        out, lse = launch.run(prepared, scale, tensors)
         ctx.save_for_backward(*tensors, out, lse)
         if not return_lse:
             return out
@@ -107,20 +106,20 @@ class _Attention(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of what is no tensor (None), and of every tensor."""
+    """Of the call (None), and of every tensor."""
     *tensors, out, lse = ctx.saved_tensors
-    kind, scale = ctx.call
+    prepared, kind, scale, _ = ctx.call
     if d_out is None:
         d_out = torch.zeros_like(out)
     looked_on = torch.compiler.is_compiling() or is_looked_on()
     if not looked_on and _is_plain(d_out) and (d_lse is None or _is_plain(d_lse)):
-        recent = ctx.recent[d_lse is None]
-        return None, None, None, *launch.backward(recent, kind, scale, (d_out, out, lse, d_lse), tensors), None
+        recent = prepared.gradients[d_lse is None]
+        return None, *launch.backward(recent, kind, scale, (d_out, out, lse, d_lse), tensors), None
     window, config, dropout_p = kind
     leading = len(tensors) - launch.EXTRAS
     saved, arguments = (out, lse, d_lse), ops.call_arguments(window, scale, config, dropout_p)
     found = ops.backward_of(leading)(d_out, *tensors[:leading], *saved, *tensors[leading:], *arguments)
-    return None, None, None, *ops.given_gradients(tensors[:-1], found), None
+    return None, *ops.given_gradients(tensors[:-1], found), None
 
 
 _gradients_once = once_differentiable(_gradients)
