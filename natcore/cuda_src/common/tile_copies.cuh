@@ -11,13 +11,14 @@ __device__ __forceinline__ void load_span(unsigned shared, const Element* base, 
   constexpr bool REGULAR = 32 % CHUNKS == 0, SAME_PLACE = REGULAR && 32 / CHUNKS % 8 == 0;  // in a turn; in its slot
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int length = region.length[2] - region.key[2];
-  base += static_cast<long long>(lane / CHUNKS) * s.step[2] + lane % CHUNKS * CHUNK_ELEMENTS;
+  // Copies of keys that the map lacks write zeros and read nothing; they name the lane's first key, or the last one.
+  base += static_cast<long long>(smaller(lane / CHUNKS, length - 1)) * s.step[2] + lane % CHUNKS * CHUNK_ELEMENTS;
 #pragma unroll 1
   for (int row = warp; row < SPAN_0 * SPAN_1; row += THREADS / 32) {
     const int x0 = SPAN_0 == 1 ? 0 : row / SPAN_1, x1 = row - x0 * SPAN_1;
     const bool inside = region.key[0] + x0 < region.length[0] && region.key[1] + x1 < region.length[1];
     const int slot = x0 * SLOT_PLANE + x1 * SLOT_ROW + lane / CHUNKS, rest = inside ? length - lane / CHUNKS : 0;
-    const Element* source = base + s.offset(x0, x1, 0);
+    const Element* source = base + (inside ? s.offset(x0, x1, 0) : 0);
     const unsigned target = shared + slot * PITCH + (SAME_PLACE ? Row<D>::chunk(slot, lane % CHUNKS) : 0);
 #pragma unroll
     for (int first = 0; first < ITEMS; first += 32) {
@@ -25,11 +26,13 @@ __device__ __forceinline__ void load_span(unsigned shared, const Element* base, 
       if (REGULAR) {
         const int x2 = first / CHUNKS;
         const int place = SAME_PLACE ? 0 : Row<D>::chunk(slot + x2, lane % CHUNKS);
-        cp_async_16(target + x2 * PITCH + place, source + static_cast<long long>(x2) * s.step[2], x2 < rest);
+        cp_async_16(target + x2 * PITCH + place, source + static_cast<long long>(x2 < rest ? x2 : 0) * s.step[2],
+                    x2 < rest);
       } else {
         const int x2 = (first + lane) / CHUNKS - lane / CHUNKS, c = (first + lane) % CHUNKS;
         cp_async_16(target + x2 * PITCH + Row<D>::chunk(slot + x2, c),
-                    source + (static_cast<long long>(x2) * s.step[2] + (c - lane % CHUNKS) * CHUNK_ELEMENTS),
+                    source + (x2 < rest ? static_cast<long long>(x2) * s.step[2] + (c - lane % CHUNKS) * CHUNK_ELEMENTS
+                                        : 0),
                     x2 < rest);
       }
     }
@@ -68,9 +71,10 @@ __device__ __forceinline__ void load_tile(unsigned stage, const Element* base, c
                                           const Share<HEAD_DIM>& share, const Tile& tile, int lane) {
 #pragma unroll
   for (int i = 0; i < Share<HEAD_DIM>::TURNS; ++i)
-    if (share.has(i, lane))
-      cp_async_16(stage + share.place(i, lane), base + share.offset(s, i),
-                  tile.whole || tile.inside(share.row(i, lane)));
+    if (share.has(i, lane)) {
+      const bool present = tile.whole || tile.inside(share.row(i, lane));
+      cp_async_16(stage + share.place(i, lane), base + (present ? share.offset(s, i) : 0), present);
+    }
 }
 
 // A tile of outputs from its stage.

@@ -35,9 +35,9 @@ __device__ __forceinline__ void load_plane(unsigned target, const Element* of_d,
   } else {
 #pragma unroll 1
     for (int row = threadIdx.x / 32; row < rows + STEP_ROWS - 1; row += WARPS) {
-      const int slot = row * SPAN_2, within = row < rows ? columns : 0;
-      load_row<HEAD_DIM, D>(target + slot * D_PITCH, of_d + row * d.step[1], d.step[2], within, lane);
-      load_row<HEAD_DIM_V, V>(target + SEEN_V_AT + slot * V_PITCH, of_v + row * v.step[1], v.step[2], within, lane);
+      const int slot = row * SPAN_2, within = row < rows ? columns : 0, source = row < rows ? row : 0;
+      load_row<HEAD_DIM, D>(target + slot * D_PITCH, of_d + source * d.step[1], d.step[2], within, lane);
+      load_row<HEAD_DIM_V, V>(target + SEEN_V_AT + slot * V_PITCH, of_v + source * v.step[1], v.step[2], within, lane);
     }
   }
 }

@@ -227,12 +227,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     mbarrier_arrive(barriers + BIAS_AT);
   }
 #pragma unroll 1
-  for (int slot = 0; slot < STAGES; ++slot) {
+  for (int slot = part; slot < STAGES; slot += SPLIT) {  // a slot by one of the map's warps
     clear_missing<HEAD_DIM>(slots + slot * SLOT + K_AT, share, its_lane);
     clear_missing<HEAD_DIM_V>(slots + slot * SLOT + V_AT + member * (HEAD_DIM_V - HEAD_DIM) * 2, share, its_lane);
     clear_missing<HEAD_DIM>(slots + slot * SLOT + Q_AT, share, its_lane);
   }
-  __syncwarp();
+  if (SPLIT == 1) {
+    __syncwarp();
+  } else {
+    team_sync(team);
+  }
   mbarrier_wait(barriers + BIAS_AT, 0);
 
   int slot = 0;
