@@ -44,6 +44,10 @@ class Case:
     dropout_seed: int = 0
 
     @property
+    def its_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
     def rank(self) -> int:
         return len(self.spatial)
 

@@ -47,7 +47,7 @@ def run(direction: Direction, case: Case, arrays: dict[str, np.ndarray], folder:
     plan = plan_of(direction, case, arrays)
     workspace = host.aligned_bytes(plan.workspace_bytes)
     pointers = [arrays[n].ctypes.data if n in arrays else 0 for n in OPERANDS[direction]]
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    scale = case.its_scale
     host.run(plan, pointers, scale, workspace.ctypes.data, folder)
 
 

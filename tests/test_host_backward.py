@@ -69,10 +69,7 @@ def planned(
 
 def execute(case: Case, plan: Plan, arrays: Arrays, folder: Path, absent: tuple[str, ...] = (), **how) -> None:
     present = {n: x for n, x in arrays.items() if n not in absent}
-    pointers = [present[n].ctypes.data if n in present else 0 for n in OPERANDS["backward"]]
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    workspace = host.aligned_bytes(plan.workspace_bytes)
-    host.run_blocks(plan, pointers, scale, workspace.ctypes.data, folder, **how)
+    host.run_on(plan, "backward", present, case.its_scale, folder, **how)
 
 
 def judge(

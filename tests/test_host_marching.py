@@ -73,10 +73,7 @@ def planned(
 
 
 def execute(case: Case, plan: Plan, arrays: dict[str, np.ndarray], folder: Path, **how) -> None:
-    pointers = [arrays[n].ctypes.data if n in arrays else 0 for n in OPERANDS["forward"]]
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    workspace = host.aligned_bytes(plan.workspace_bytes)
-    host.run_blocks(plan, pointers, scale, workspace.ctypes.data, folder, **how)
+    host.run_on(plan, "forward", arrays, case.its_scale, folder, **how)
 
 
 def judge(case: Case, dtype: str, folder: Path, options: dict[str, int] | None = None, **how) -> None:

@@ -114,6 +114,12 @@ def test_older_architecture(folder: Path) -> None:
 # In which file what becomes what, and how it shows.
 DEFECTS = {
     "nobody waits for copies": ("common/tiled_gradients.cuh", "cp_async_wait<0>();", ";", "error|not finite"),
+    "a copy of nothing names a row below the map": (
+        "common/tiled_loads.cuh",
+        "source = row < rows ? row : 0;",
+        "source = row;",
+        "outside of all arrays",
+    ),
     "planes are overwritten": (
         "common/tiled_gradients.cuh",
         "__syncthreads();  // the plane has been read",

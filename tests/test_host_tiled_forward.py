@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from natcore.planning import Config, DeviceFacts, plan_for
-from natcore.problem import OPERANDS, call_of, problem_of
+from natcore.problem import call_of, problem_of
 from tests import host
 from tests.cases import Case, check, inputs, numpy_dtype
 from tests.test_fast_forward import ABLE, CONFIGS
@@ -40,9 +40,7 @@ def judge(
     results = {n: aligned(poisoned(*kind, False)) for n, kind in kinds.items()}
     views |= {n: view(x) for n, x in results.items()}
     plan = plan_for(call_of("forward", problem, views), facts, config or Config("tiled"))
-    pointers = [views[n].ptr if n in views else 0 for n in OPERANDS["forward"]]
-    scale = problem.default_scale if case.scale is None else case.scale
-    host.run_blocks(plan, pointers, scale, 0, folder, **how)
+    host.run_on(plan, "forward", arrays | results, case.its_scale, folder, **how)
     check(case, dtype, arrays, results)
     return results
 
@@ -101,6 +99,31 @@ DEFECTS = {
         "    }",
         "error|finite",
     ),
+    "a copy of nothing names a row of keys below the map": (
+        "common/tile_copies.cuh",
+        "base + (inside ? s.offset(x0, x1, 0) : 0);",
+        "base + s.offset(x0, x1, 0);",
+        "outside of all arrays",
+    ),
+    "a copy of nothing names a key beyond its row": (
+        "common/tile_copies.cuh",
+        "static_cast<long long>(x2 < rest ? x2 : 0) * s.step[2],",
+        "static_cast<long long>(x2) * s.step[2],",
+        "outside of all arrays",
+    ),
+    "a copy of nothing names a query below the map": (
+        "common/tile_copies.cuh",
+        "base + (present ? share.offset(s, i) : 0), present);",
+        "base + share.offset(s, i), present);",
+        "outside of all arrays",
+    ),
+}
+
+
+EDGES = {  # maps whose last region or tile is not whole
+    "a copy of nothing names a row of keys below the map": Case("axial", (9, 8), (1, 5)),
+    "a copy of nothing names a key beyond its row": Case("line", (40,), 7, head_dim=16),
+    "a copy of nothing names a query below the map": Case("few_columns", (5, 9), (5, 3)),
 }
 
 
@@ -109,4 +132,4 @@ def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
     file, text, replacement, error = DEFECTS[defect]
     sources = host.with_defect(tmp_path, file, text, replacement)
     with pytest.raises((host.BlockError, AssertionError), match=error):
-        judge(replace(MAP, batch=1), "float32", folder, sources=sources)
+        judge(EDGES.get(defect, replace(MAP, batch=1)), "float32", folder, sources=sources)

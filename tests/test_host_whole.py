@@ -52,10 +52,7 @@ def judge(
     )
     present = {n: x for n, x in (arrays | results).items() if n not in absent}
     plan = planned(direction, case, present, options or {}, facts)
-    pointers = [present[n].ctypes.data if n in present else 0 for n in OPERANDS[direction]]
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    workspace = host.aligned_bytes(plan.workspace_bytes)
-    host.run_blocks(plan, pointers, scale, workspace.ctypes.data, folder, **how)
+    host.run_on(plan, direction, present, case.its_scale, folder, **how)
     check(case, dtype, arrays, results)
     return results
 

@@ -17,7 +17,7 @@ INPUTS = {"q": "dq", "k": "dk", "v": "dv", "rpb": "drpb"} | {
 
 def by_hand(case: Case, x: dict[str, np.ndarray]) -> np.ndarray:
     """out, one query at a time, as semantics are told in words: nearest keys, then softmax."""
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    scale = case.its_scale
     out = np.zeros((case.batch, *case.spatial, case.heads, case.head_dim_v))
     window = case.window
     for b, h, query in itertools.product(

@@ -68,7 +68,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 def test_definitions_agree(case: Case):
     """av(softmax(qk)) is attention, and so is the chain of their gradients."""
     x = inputs(case, "float64")
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    scale = case.its_scale
     bias, keys, values = (x.get(n) for n in ("rpb", "additional_keys", "additional_values"))
     window, (q, k, v) = case.window, (x[n] for n in "qkv")
     out, _ = reference.forward(q, k, v, window, scale=scale, rpb=bias, additional_keys=keys, additional_values=values)

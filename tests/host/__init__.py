@@ -24,6 +24,7 @@ import numpy as np
 from natcore.compiling import SOURCES
 from natcore.planning import Config, Constant, KernelSpec, Launch, Operand, Plan, Scale, Workspace
 from natcore.planning.plan import capability
+from natcore.problem import OPERANDS, Direction
 
 HERE = Path(__file__).parent
 CONFIG = Config("general", (("lanes", 1), ("threads", 1)))
@@ -86,20 +87,41 @@ def run_blocks(
     folder: Path,
     order: int = Order.LATE,
     sources: Path = SOURCES,
+    arrays: Sequence[np.ndarray] = (),
 ) -> None:
     """As an executable of the CUDA backend, on host memory; any blocks, one after the other.
 
     ``order`` is an `Order` or the seed of a random one. ``sources`` may be another folder than natcore/cuda_src, of
-    the same layout. Raises BlockError.
+    the same layout. With ``arrays``, asynchronous copies may name no other memory, not even those of no bytes. Raises
+    BlockError.
     """
+    bounds = [bound for array in arrays for bound in _bounds(array)]
     for launch in plan.launches:
         assert launch.block[1:] == (1, 1)
         library = kernel(launch.kernel, folder, True, sources)
+        library.set_readable((ctypes.c_size_t * len(bounds))(*bounds), len(bounds) // 2)
         values = _values(library, launch, pointers, scale, workspace)
         grid = (ctypes.c_uint * 3)(*launch.grid)
         error = library.launch(grid, launch.block[0], launch.shared_bytes, int(order), _table(values))
         if error is not None:
             raise BlockError(f"{launch.kernel.name}: {error.decode()}")
+
+
+def run_on(
+    plan: Plan, direction: Direction, arrays: Mapping[str, np.ndarray], scale: float, folder: Path, **how
+) -> None:
+    """As `run_blocks`, on arrays by their names and a workspace of its own; copies may name no other memory, unless
+    ``how`` says so."""
+    pointers = [arrays[n].ctypes.data if n in arrays else 0 for n in OPERANDS[direction]]
+    workspace = aligned_bytes(plan.workspace_bytes)
+    how = {"arrays": [*arrays.values(), workspace]} | how
+    run_blocks(plan, pointers, scale, workspace.ctypes.data, folder, **how)
+
+
+def _bounds(array: np.ndarray) -> tuple[int, int]:
+    """Where its elements begin and end; strides are positive."""
+    span = sum((extent - 1) * stride for extent, stride in zip(array.shape, array.strides, strict=True))
+    return array.ctypes.data, array.ctypes.data + span + array.itemsize
 
 
 def _values(

@@ -88,6 +88,20 @@ inline void wait_at(int number, int threads) {
 
 // ---- asynchronous copies ----
 
+// The global memory that they may name, also where they copy nothing; if there is none, any.
+struct Memory {
+  size_t begin, end;
+};
+static std::vector<Memory> readable;
+
+inline void check_source(const void* global, unsigned bytes, bool present) {
+  const size_t address = reinterpret_cast<size_t>(global);
+  if (present && address % bytes != 0) fail("cp.async from %p: not aligned to %u", global, bytes);
+  for (const Memory& memory : readable)
+    if (memory.begin <= address && address + bytes <= memory.end) return;
+  if (!readable.empty()) fail("cp.async from %p: outside of all arrays%s", global, present ? "" : ", though of nothing");
+}
+
 struct Copy {
   enum Kind { BYTES, COMMIT, ARRIVE } kind;
   unsigned to;  // or the mbarrier

@@ -6,16 +6,15 @@
 
 inline void cp_async_16(unsigned shared, const void* global, bool present) {
   host::memory_at(shared, 16, "cp.async");
-  if (reinterpret_cast<size_t>(global) % 16 != 0 && present) host::fail("cp.async from %p: not aligned to 16", global);
+  host::check_source(global, 16, present);
   host::issue({host::Copy::BYTES, shared, present ? global : nullptr});
 }
-
+inline void cp_async_16_of_line(unsigned shared, const void* global) { cp_async_16(shared, global, true); }
 
 template <int BYTES>
 inline void cp_async_small(unsigned shared, const void* global, bool present) {
   host::memory_at(shared, BYTES, "cp.async");
-  if (reinterpret_cast<size_t>(global) % BYTES != 0 && present)
-    host::fail("cp.async from %p: not aligned to %d", global, BYTES);
+  host::check_source(global, BYTES, present);
   host::issue({host::Copy::BYTES, shared, present ? global : nullptr, BYTES});
 }
 
