@@ -235,6 +235,7 @@ class Geometry:
             defines[f"{name}_BLOCKS"] = ",".join(f"{first},{end}" for first, end in ranges)
         defines |= {"LEAST_DIFFERENCE": f"({reach.least})", "GREATEST_DIFFERENCE": f"({reach.greatest})"}
         defines |= {"COLUMNS": reach.columns, "PADDED": int(self.padded), "SHIFT": self.shift, "RING": self.ring}
+        defines |= {"WIDTH": 0 if self.padded else self.axes[1].lengths[-1]}
         defines |= {"OWN_RING": self.own_ring, "PRODUCERS": self.producers, "BLOCKS_PER_SM": self.blocks_per_sm}
         if p.rpb_dtype is not None:
             defines["RPB"] = p.rpb_dtype

@@ -31,16 +31,16 @@ struct RowCopy {
   template <int COUNT>
   __device__ __forceinline__ void copy(unsigned shared, const Element* tensor, const Layout& s, int y, int first,
                                        int length) const {
-    const long long x = first + column;
-    const Element* from = tensor + (static_cast<long long>(y) * s.step[0] + x * s.step[1]);
-#pragma unroll 8
+    const Element* row = tensor + static_cast<long long>(y) * s.step[0];
+#pragma unroll(WIDTH > 0 ? 16 : 8)
     for (int c = 0; c < COUNT; c += AT_ONCE) {
-      const bool inside = static_cast<unsigned>(first + c + column) < static_cast<unsigned>(length);
+      const int x = first + c + column;
+      const bool inside = c + AT_ONCE <= WIDTH || static_cast<unsigned>(x) < static_cast<unsigned>(length);
+      const Element* from = row + static_cast<long long>(inside ? x : 0) * s.step[1];
 #pragma unroll
       for (int p = 0; p < PARTS; ++p)
         if (active[p] && (c + AT_ONCE <= COUNT || c + column < COUNT))
           cp_async_16(shared + Rows::at(target[p] + c * Rows::TOKEN, y), from + source[p], inside);
-      from += AT_ONCE * s.step[1];
     }
   }
 };
@@ -48,11 +48,11 @@ struct RowCopy {
 // Where consumers and producers wait for each other before the first copy.
 __device__ __forceinline__ void all_are_prepared() { named_barrier_sync(2, THREADS); }
 
-// What the copies never write and products read: halves of 16-element steps, and what lies beside rows that are the
-// map's. All consumers of the block.
+// What the copies never write and products read: halves of 16-element steps, what lies beside rows that are the map's,
+// and rows below it. All consumers of the block.
 template <int D>
-__device__ __forceinline__ void clear_rest(unsigned char* shared, int bytes) {
-  if (D % 16 != 0) {
+__device__ __forceinline__ void clear_rest(unsigned char* shared, int bytes, bool all = false) {
+  if (D % 16 != 0 || all) {
     for (int i = threadIdx.x; i < bytes / 16; i += 32 * CONSUMERS)
       reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
   }
@@ -84,11 +84,13 @@ __device__ __forceinline__ void make_barriers(const Barriers& barriers) {
 
 // What the consumers do before anything is copied: whatever no copy ever writes. Meanwhile the producers make the
 // barriers and find out what to copy.
-__device__ __forceinline__ void prepare_shared(unsigned char* shared) {
+__device__ __forceinline__ void prepare_shared(unsigned char* shared, const Sizes& sizes) {
+  // Rows of queries below the map are never copied, but drpb adds up 0 times what they hold.
+  const bool all = PASS == QUERIES && (DILATION_0 > 1 || sizes.extent[0] % BAND != 0);
   clear_rest<HEAD_DIM>(shared, SEEN_D_END);
   clear_rest<HEAD_DIM_V>(shared + SEEN_D_END, OWN_D_AT - SEEN_D_END);
-  clear_rest<HEAD_DIM>(shared + OWN_D_AT, OWN_V_AT - OWN_D_AT);
-  clear_rest<HEAD_DIM_V>(shared + OWN_V_AT, OUT_AT - OWN_V_AT);
+  clear_rest<HEAD_DIM>(shared + OWN_D_AT, OWN_V_AT - OWN_D_AT, all);
+  clear_rest<HEAD_DIM_V>(shared + OWN_V_AT, OUT_AT - OWN_V_AT, all);
   if constexpr (MARGIN > 0) {
     clear_margins<SeenD>(shared + SEEN_D_AT);
     clear_margins<SeenV>(shared + SEEN_V_AT);
@@ -198,17 +200,14 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
 #pragma unroll
       for (int r = 0; r < BAND; ++r) {
         const int y = band * BAND + r, at = band_turn.slot * BAND + r, kinds = PASS == FORWARD ? 1 : OWN_KEYS ? 2 : 5;
-        // Rows of queries below the map become zeros, for drpb adds up 0 times what they hold.
-        const int row = smaller(y, run.length[0] - 1), its = y == row ? length : 0;  // columns
-        if (PASS != QUERIES && y != row) continue;
+        if (y >= run.length[0]) continue;
         if (r * kinds % PRODUCERS == warp)
-          copy_own_d.copy<STRIP>(shared + OWN_D_AT + at * OwnD::PITCH, own_d, from.own_d.layout, row, run.start, its);
+          copy_own_d.copy<STRIP>(shared + OWN_D_AT + at * OwnD::PITCH, own_d, from.own_d.layout, y, run.start, length);
         if (PASS != FORWARD && (r * kinds + 1) % PRODUCERS == warp)
-          copy_own_v.copy<STRIP>(shared + OWN_V_AT + at * OwnV::PITCH, own_v, from.own_v.layout, row, run.start, its);
+          copy_own_v.copy<STRIP>(shared + OWN_V_AT + at * OwnV::PITCH, own_v, from.own_v.layout, y, run.start, length);
         if (PASS != QUERIES) continue;
         if ((r * kinds + 2) % PRODUCERS == warp)
-          copy_own_o.copy<STRIP>(shared + OWN_O_AT + at * OwnV::PITCH, own_o, from.own_o.layout, row, run.start, its);
-        if (y != row) continue;
+          copy_own_o.copy<STRIP>(shared + OWN_O_AT + at * OwnV::PITCH, own_o, from.own_o.layout, y, run.start, length);
         if ((r * kinds + 3) % PRODUCERS == warp)
           copy_own_scalars(shared + SCALARS_AT + at * SCALARS_ROW, lse, from.of_lse, run, first_head, y, lane);
         if (d_lse != nullptr && (r * kinds + 4) % PRODUCERS == warp)

@@ -35,8 +35,9 @@
 // most), INNER_BLOCKS, START_BLOCKS, END_BLOCKS and NARROW_BLOCKS (of each group, the first block of the tile's that it
 // takes, and the one after the last; of kinds that do not occur, zeros), COLUMNS (of shared memory), PAD (of these,
 // left of a padded strip) and MARGIN (columns by which blocks leave these at most, on either side), LEAST_DIFFERENCE
-// and GREATEST_DIFFERENCE (of columns, seen - own), PADDED, SHIFT, RING, OWN_RING, PRODUCERS (warps),
-// BLOCKS_PER_SM; and for a = 0, 1: KERNEL_a, STRIDE_a, CAUSAL_a, DILATION_a.
+// and GREATEST_DIFFERENCE (of columns, seen - own), PADDED, WIDTH (columns of the narrowest map, of strips that
+// are not padded; else 0), SHIFT, RING, OWN_RING, PRODUCERS (warps), BLOCKS_PER_SM; and for a = 0, 1: KERNEL_a, STRIDE_a,
+// CAUSAL_a, DILATION_a.
 #pragma once
 
 #include "common/shared_rows.cuh"

@@ -48,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, its_lane);
     return;
   }
-  prepare_shared(shared);
+  prepare_shared(shared, sizes);
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
               params.rpb, parts.bias);
 

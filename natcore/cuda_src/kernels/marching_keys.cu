@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
       sum_bias(drpb, drpb_partials, params.drpb, sizes.head_groups * HEADS, params.slices, lane);
     return;
   }
-  prepare_shared(shared);
+  prepare_shared(shared, sizes);
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
               params.rpb, parts.bias);
 

@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     produce(base, barriers, from, sizes, first_head, share.start, share.end, warp - CONSUMERS, lane);
     return;
   }
-  prepare_shared(shared);
+  prepare_shared(shared, sizes);
   for (int i = threadIdx.x; i < SUMS_BYTES / 4; i += 32 * CONSUMERS)
     reinterpret_cast<float*>(shared + SUMS_AT)[i] = 0.f;
   fill_tables(reinterpret_cast<float*>(shared + TABLE_AT), rpb + static_cast<long long>(first_head) * params.rpb.head,
