@@ -4,7 +4,7 @@
 #include "common/strips.cuh"
 
 // A register of dS holds the same difference key - query in every band whose keys start alike, and in all groups of a
-// tile. `table` is the warp's own: ENTRIES floats, and one for sums that are of no entry.
+// tile. `table` is the warp's own: ENTRIES floats, and one that lanes read whose sums are of no entry.
 struct BiasSums {
   // Columns that go to the table at once are so far apart: those of a group's tokens differ by less. Three at most.
   static constexpr int APART = (BLOCKS * BLOCK_COLUMNS + 3 * GROUP_COLUMNS - 1) / (3 * GROUP_COLUMNS) * GROUP_COLUMNS;
@@ -52,7 +52,7 @@ struct BiasSums {
         for (int b = 0; b < BLOCKS; ++b)
 #pragma unroll
           for (int h = 0; h < 2; ++h)
-            if (column_of(b, h) % APART == part / 2) table[entry(b, h)] = total[b][h];
+            if (column_of(b, h) % APART == part / 2 && entry(b, h) < ENTRIES) table[entry(b, h)] = total[b][h];
         __syncwarp();
       }
     }
