@@ -12,7 +12,7 @@ import torch
 import torch_nat
 from tests.cases import CASES, Case, check, inputs
 from tests.family import OF_EVERY_LAYOUT
-from tests.torch.common import OPTIONAL, PACKED, run, tensors_of, to_numpy
+from tests.torch.common import OPTIONAL, PACKED, captured, run, tensors_of, to_numpy
 from tests.torch.test_functional import Looking
 from tests.torch.test_models import SMALL
 from tests.torch.test_transforms import Block
@@ -201,13 +201,13 @@ def test_cuda_graph(warm: bool):
                 compute()
         torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = compute()
+    with captured(graph):
+        results = compute()
     for seed in (3, 4):
         with torch.no_grad():
             qkv.copy_(draw(*qkv.shape, seed=seed))
         graph.replay()
-        for x, y in zip(captured, compute(), strict=True):
+        for x, y in zip(results, compute(), strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 

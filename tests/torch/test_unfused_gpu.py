@@ -9,7 +9,7 @@ import torch
 import natcore
 import torch_nat
 from tests.cases import CASES, DROPOUT_CASES, Case, check, inputs
-from tests.torch.common import to_numpy
+from tests.torch.common import captured, to_numpy
 from tests.torch.test_unfused import SOME, finite_scores, sums, unfused, with_seed
 from tests.unfused import unfused_check, unfused_inputs
 
@@ -78,7 +78,7 @@ def test_dropout_waits_for_nothing_and_graphs_draw_anew():
     torch.cuda.synchronize()
     q.grad = None
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         out = step()
     graph.replay()
     first = out.clone()
