@@ -1,9 +1,9 @@
 // Phase 1 of the resident backward: P and dS of half a band, its dQ, and the scalars that they need.
 #pragma once
 
+#include "common/block_products.cuh"
 #include "common/resident.cuh"
 #include "ptx/math.cuh"
-#include "ptx/mma.cuh"
 
 // Scalars of half a band's queries, by pairs of a lane (the two queries 2 n and 2 n + 1 of a group): what dP starts
 // from, and log2(e) lse.
@@ -65,23 +65,6 @@ struct Places {
   const Scalars& scalars;
 };
 
-__device__ __forceinline__ void load(unsigned (&a)[STEPS][4], const unsigned (&at)[STEPS], int offset) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) ldmatrix_x4(a[step], at[step] + offset);
-}
-__device__ __forceinline__ void load_transposed(unsigned (&a)[STEPS][4], const unsigned (&at)[STEPS], int offset) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) ldmatrix_x4_transposed(a[step], at[step] + offset);
-}
-
-// C += A B, 16 keys x 8 queries.
-__device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[STEPS][4],
-                                         const unsigned (&b)[2 * STEPS]) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step)
-    Mma<Element>::m16n8k16(d, a[step][0], a[step][1], a[step][2], a[step][3], b[2 * step], b[2 * step + 1], d);
-}
-
 // P and dS of a unit to where they are kept: matrices of 8 keys x 8 queries, of which a lane names a row or stores a
 // pair. `unit` is OF_LANE bytes further for each lane.
 #if __CUDA_ARCH__ >= 900
@@ -118,7 +101,7 @@ __device__ __forceinline__ void find_weights(int phase, Queries& dq, Sums& sums,
     // Step by step for both groups, so that one's latency hides behind the other's.
     float p[2][4], ds[2][4];
     unsigned block[STEPS][4];
-    load(block, at.key, offset);
+    load_block(block, at.key, offset);
     // A product in bfloat16, [key in column] * [query lacks column] * -3e38, masks columns. All are in one part of k.
     const bool its = lane % 4 == pair % 4;
     const unsigned in_column[2] = {its ? 0x3f80u : 0u, its ? 0x3f800000u : 0u};
@@ -129,15 +112,15 @@ __device__ __forceinline__ void find_weights(int phase, Queries& dq, Sums& sums,
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[g][i] = at.bias[i % 2][distance * BLOCK_COLUMNS + i / 2];
       Mma<bfloat16>::m16n8k8(p[g], in_column[0], in_column[1], (lacks >> (2 * g + pair / 4) & 0x10001u) * mask, p[g]);
-      multiply(p[g], block, query[g]);
+      multiply<Element>(p[g], block, query[g], p[g]);
     }
-    load(block, at.key, offset + V_AT);
+    load_block(block, at.key, offset + V_AT);
 #pragma unroll
     for (int g = 0; g < 2; ++g) {
       if (!is_unit(2 * HALF + g, pair)) continue;
       const float2 start = at.scalars.start[g][lane % 4];
       ds[g][0] = ds[g][2] = start.x, ds[g][1] = ds[g][3] = start.y;
-      multiply(ds[g], block, gradient[g]);
+      multiply<Element>(ds[g], block, gradient[g], ds[g]);
     }
     load_transposed(block, at.key_t, offset);
 #pragma unroll
@@ -157,10 +140,7 @@ __device__ __forceinline__ void find_weights(int phase, Queries& dq, Sums& sums,
                                 pack<Element>(ds[g][0], ds[g][1]), pack<Element>(ds[g][2], ds[g][3])};
       keep(at.units + (units_before(pair) + group - first_group(pair)) * UNIT, kept);
       const unsigned operand[2] = {movmatrix_transposed(kept[2]), movmatrix_transposed(kept[3])};
-#pragma unroll
-      for (int step = 0; step < STEPS; ++step)
-        Mma<Element>::m16n8k16(dq[g][step], block[step][0], block[step][1], block[step][2], block[step][3], operand[0],
-                               operand[1], dq[g][step]);
+      multiply_transposed<Element>(dq[g], block, operand);
     }
   }
 }

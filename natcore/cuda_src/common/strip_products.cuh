@@ -19,7 +19,7 @@ __device__ __forceinline__ void score(Scores& s, const unsigned (&query)[GROUPS]
   for (int b = 0; b < blocks_of(KIND); ++b) {
     if (!is_taken(KIND, b)) continue;
     unsigned key[D_STEPS][4];
-    load_block<SeenD>(key, keys, b);
+    load_block(key, keys, b * SeenD::BLOCK);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       if (!takes(KIND, g, b)) continue;
@@ -29,7 +29,7 @@ __device__ __forceinline__ void score(Scores& s, const unsigned (&query)[GROUPS]
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[i] = bias[i % 2][i / 2][column];
       if (KIND != INNER) mask_columns(c, own, mask[g], lane);
-      multiply(c, key, query[g], c);
+      multiply<Element>(c, key, query[g], c);
     }
   }
 }
@@ -71,12 +71,12 @@ __device__ __forceinline__ void weigh(float (&o)[GROUPS][V_STEPS][4], float (&su
   for (int b = 0; b < blocks_of(KIND); ++b) {
     if (!is_taken(KIND, b)) continue;
     unsigned value[V_STEPS][4], weight[GROUPS][2];
-    load_transposed<SeenV>(value, values, b);
+    load_transposed(value, values, b * SeenV::BLOCK);
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       if (!takes(KIND, g, b)) continue;
       as_operand(weight[g], p[g][b - g * STEP]);
-      multiply_transposed(o[g], value, weight[g]);
+      multiply_transposed<Element>(o[g], value, weight[g]);
       Mma<Element>::m16n8k16(sum[g], ones, ones, ones, ones, weight[g][0], weight[g][1], sum[g]);
     }
   }

@@ -1,9 +1,8 @@
 // A warp's tile: its columns, where its operands lie in shared memory, and how its results are stored.
 #pragma once
 
+#include "common/block_products.cuh"
 #include "common/strips.cuh"
-#include "ptx/ldmatrix.cuh"
-#include "ptx/mma.cuh"
 
 // A warp's tile within a run: its first column, the first that it stores, the one after the last, and its kind.
 struct Tile {
@@ -75,40 +74,6 @@ __device__ __forceinline__ void load_own(unsigned (&b)[2 * STEPS], unsigned row,
 #pragma unroll
     for (unsigned& pair : b) pair = pack<Element>(factor * low<Element>(pair), factor * high<Element>(pair));
   }
-}
-
-// A block's vectors of so many steps as A operands, from where this lane's token of the first block lies.
-template <typename Rows, int STEPS>
-__device__ __forceinline__ void load_block(unsigned (&a)[STEPS][4], const unsigned (&at)[STEPS], int block) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step) ldmatrix_x4(a[step], at[step] + block * (BLOCK_COLUMNS * Rows::TOKEN));
-}
-template <typename Rows, int STEPS>
-__device__ __forceinline__ void load_transposed(unsigned (&a)[STEPS][4], const unsigned (&at)[STEPS], int block) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step)
-    ldmatrix_x4_transposed(a[step], at[step] + block * (BLOCK_COLUMNS * Rows::TOKEN));
-}
-
-// D = C + seen own^T, 16 seen tokens x 8 own ones: a sum over the steps of their vectors. D may be C.
-template <int STEPS>
-__device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&seen)[STEPS][4],
-                                         const unsigned (&own)[2 * STEPS], const float (&c)[4]) {
-  const float(&sum)[4] = d;
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step)
-    Mma<Element>::m16n8k16(d, seen[step][0], seen[step][1], seen[step][2], seen[step][3], own[2 * step],
-                           own[2 * step + 1], step == 0 ? c : sum);
-}
-
-// C += seen^T b, elements of the head x 8 own tokens: a tile of C for each step.
-template <int STEPS>
-__device__ __forceinline__ void multiply_transposed(float (&c)[STEPS][4], const unsigned (&transposed)[STEPS][4],
-                                                    const unsigned (&b)[2]) {
-#pragma unroll
-  for (int step = 0; step < STEPS; ++step)
-    Mma<Element>::m16n8k16(c[step], transposed[step][0], transposed[step][1], transposed[step][2],
-                           transposed[step][3], b[0], b[1], c[step]);
 }
 
 // C, 16 x 8, of which C^T would be wanted: its two halves as a B operand.

@@ -116,8 +116,8 @@ static_assert(BLOCKS * BLOCK_COLUMNS <= 16 && blocks_of(AT_START) * BLOCK_COLUMN
 // odd number of chunks apart instead. Chunks of own tokens are permuted such that a group's 8 miss each other's.
 template <int STEPS>  // of 16 elements of a head
 struct SeenRows {
-  static constexpr int TOKEN = HEADS * STEPS * 32, BYTES = COLUMNS * TOKEN;
-  static constexpr bool PERMUTED = BLOCK_COLUMNS * TOKEN % 128 == 0;
+  static constexpr int TOKEN = HEADS * STEPS * 32, BYTES = COLUMNS * TOKEN, BLOCK = BLOCK_COLUMNS * TOKEN;
+  static constexpr bool PERMUTED = BLOCK % 128 == 0;
   static constexpr int PITCH = PERMUTED ? (BYTES + 127) / 128 * 128 : (BYTES / 16 | 1) * 16;
   static __device__ __forceinline__ int at(int byte, int row) { return PERMUTED ? byte ^ (row & 7) * 16 : byte; }
 };

@@ -57,12 +57,12 @@ struct Differentiate {
     for (int b = 0; b < blocks_of(KIND); ++b) {
       if (!is_taken(KIND, b)) continue;
       unsigned query[D_STEPS][4], gradient[V_STEPS][4], query_t[D_STEPS][4], gradient_t[V_STEPS][4];
-      load_block<SeenD>(query, seen.queries, b);
-      load_block<SeenV>(gradient, seen.gradients, b);
+      load_block(query, seen.queries, b * SeenD::BLOCK);
+      load_block(gradient, seen.gradients, b * SeenV::BLOCK);
       const float2 scalars[2] = {seen.scalars[0][b * BLOCK_COLUMNS], seen.scalars[1][b * BLOCK_COLUMNS]};
       const float minus_delta[4] = {scalars[0].y, scalars[0].y, scalars[1].y, scalars[1].y};
-      load_transposed<SeenV>(gradient_t, seen.gradients_transposed, b);
-      load_transposed<SeenD>(query_t, seen.queries_transposed, b);
+      load_transposed(gradient_t, seen.gradients_transposed, b * SeenV::BLOCK);
+      load_transposed(query_t, seen.queries_transposed, b * SeenD::BLOCK);
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {
         if (!takes(KIND, g, b)) continue;
@@ -70,8 +70,8 @@ struct Differentiate {
 #pragma unroll
         for (int i = 0; i < 4; ++i) p[i] = bias.at[i % 2][i / 2][b * BLOCK_COLUMNS - g * GROUP_COLUMNS];
         if (KIND != INNER) mask_columns(p, b, mask[g], lane);
-        multiply(p, query, key[g], p);
-        multiply(ds, gradient, value[g], minus_delta);
+        multiply<Element>(p, query, key[g], p);
+        multiply<Element>(ds, gradient, value[g], minus_delta);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           p[i] = ex2_approx(__fmaf_rn(p[i], unit, -scalars[i / 2].x));
@@ -80,8 +80,8 @@ struct Differentiate {
         unsigned weight[2], operand[2];
         as_operand(weight, p);
         as_operand(operand, ds);
-        multiply_transposed(results.dv[g], gradient_t, weight);
-        multiply_transposed(results.dk[g], query_t, operand);
+        multiply_transposed<Element>(results.dv[g], gradient_t, weight);
+        multiply_transposed<Element>(results.dk[g], query_t, operand);
       }
     }
   }

@@ -82,9 +82,9 @@ struct Differentiate {
     for (int b = 0; b < blocks_of(KIND); ++b) {
       if (!is_taken(KIND, b)) continue;
       unsigned key[D_STEPS][4], value[V_STEPS][4], transposed[D_STEPS][4];
-      load_block<SeenD>(key, seen.keys, b);
-      load_block<SeenV>(value, seen.values, b);
-      load_transposed<SeenD>(transposed, seen.keys_transposed, b);
+      load_block(key, seen.keys, b * SeenD::BLOCK);
+      load_block(value, seen.values, b * SeenV::BLOCK);
+      load_transposed(transposed, seen.keys_transposed, b * SeenD::BLOCK);
 #pragma unroll
       for (int g = 0; g < GROUPS; ++g) {
         if (!takes(KIND, g, b)) continue;
@@ -93,8 +93,8 @@ struct Differentiate {
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[i] = bias.at[i % 2][i / 2][own * BLOCK_COLUMNS];
         if (KIND != INNER) mask_columns(s, own, mask[g], lane);
-        multiply(s, key, query[g], s);
-        multiply(ds, value, gradient[g], minus_delta[g]);
+        multiply<Element>(s, key, query[g], s);
+        multiply<Element>(ds, value, gradient[g], minus_delta[g]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           ds[i] *= ex2_approx(__fmaf_rn(s[i], unit, -lse[g][i % 2]));
@@ -104,7 +104,7 @@ struct Differentiate {
         }
         unsigned operand[2];
         as_operand(operand, ds);
-        multiply_transposed(dq[g], transposed, operand);
+        multiply_transposed<Element>(dq[g], transposed, operand);
       }
     }
   }
