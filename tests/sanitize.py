@@ -6,6 +6,9 @@
 Every job of tests/sanitize_jobs.py runs under each tool; only natcore's tensor core kernels are instrumented, and
 results are checked against the reference, too. One more process of each tool has a planted fault, which it must report.
 
+The compute-sanitizer of CUDA 13.0 (2025.3.1) reports hazards across named barriers and mbarriers (whole maps) that
+2026.4.0 does not; the first one on the PATH is taken.
+
 Kernels are compiled and references computed by processes beside the tools', and each tool has some processes that take
 the next job that is ready. A process that ends at a job (after an invalid access nothing else runs in it) is followed
 by another one.
