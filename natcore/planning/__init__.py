@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import inf
 
-from natcore.planning import general, marching, resident, tiled, tiled_backward, whole
+from natcore.planning import general, marching, resident, resident_forward, tiled, tiled_backward, whole
 from natcore.planning.plan import (
     Candidate,
     Config,
@@ -52,6 +52,7 @@ __all__ = [
 CANDIDATES: tuple[Candidate, ...] = (
     whole.CANDIDATE,
     resident.CANDIDATE,
+    resident_forward.CANDIDATE,
     marching.CANDIDATE,
     tiled.CANDIDATE,
     tiled_backward.CANDIDATE,

@@ -77,14 +77,15 @@ struct Share {
 
 constexpr int SPARE = WARPS - WORKERS;
 constexpr int FIRST_COPIER = 32 * SPARE >= COLUMNS * CHUNKS ? WORKERS : 0;  // a warp
-constexpr int COPIED = 32 * (WARPS - FIRST_COPIER) / (COLUMNS * CHUNKS);           // rows at once
-static_assert(COPIED > 0, "a row is copied at once");
 
+template <int FIRST = FIRST_COPIER>  // the first warp of those that copy
 struct Copies {
+  static constexpr int ROWS_AT_ONCE = 32 * (WARPS - FIRST) / (COLUMNS * CHUNKS);  // rows
+  static_assert(ROWS_AT_ONCE > 0, "a row is copied at once");
   int row, column, chunk;  // the first row
 
   __device__ __forceinline__ Copies() {
-    const int thread = anew(threadIdx.x) - 32 * FIRST_COPIER;  // what depends on it is not kept from map to map
+    const int thread = anew(threadIdx.x) - 32 * FIRST;  // what depends on it is not kept from map to map
     row = thread / (COLUMNS * CHUNKS), column = thread / CHUNKS % COLUMNS, chunk = thread % CHUNKS;
   }
   // Starts the copies of a map's tokens of D elements to `shared` and Places::at(row, column, chunk). `from` is where
@@ -92,14 +93,14 @@ struct Copies {
   template <int D, typename Places>
   __device__ __forceinline__ void load(unsigned shared, const Element* from, const Layout& s,
                                        const Share& share) const {
-    if (row >= COPIED || column >= share.length[1] || chunk >= D / 8) return;
+    if (row >= ROWS_AT_ONCE || column >= share.length[1] || chunk >= D / 8) return;
     from += s.of(row, column) + chunk * 8;
-    const int step = COPIED * s.step[0];
+    const int step = ROWS_AT_ONCE * s.step[0];
 #pragma unroll
-    for (int i = 0; i < ROWS; i += COPIED, from += step) {
-      const int its = COPIED == 1 ? i : row + i;  // row is 0, then, as the compiler is to know
+    for (int i = 0; i < ROWS; i += ROWS_AT_ONCE, from += step) {
+      const int its = ROWS_AT_ONCE == 1 ? i : row + i;  // row is 0, then, as the compiler is to know
       if (its < share.length[0])
-        cp_async_16(shared + Places::at(its, column, chunk), from, true);
+        cp_async_16_of_line(shared + Places::at(its, column, chunk), from);
     }
   }
 };

@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   __syncthreads();
   const auto load_operands = [&](int entry, unsigned map) {
     if (warp < FIRST_COPIER || entry >= params.sizes.batch) return;
-    const Copies copies;
+    const Copies<> copies;
     copies.load<HEAD_DIM, KeyPlaces>(map + K_AT, share.base(k, params.k, entry), params.k, share);
     copies.load<HEAD_DIM, QueryPlaces>(map + Q_AT, share.base(q, params.q, entry), params.q, share);
     copies.load<HEAD_DIM_V, QueryPlaces>(map + G_AT, share.base(d_out, params.d_out, entry), params.d_out, share);

@@ -8,6 +8,11 @@ __device__ __forceinline__ void cp_async_16(unsigned shared, const void* global,
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+// As `cp_async_16`, of a line of 128 bytes, the rest of which others will soon ask for: L2 fetches all of it.
+__device__ __forceinline__ void cp_async_16_of_line(unsigned shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // As `cp_async_16`, BYTES = 4 or 8 at addresses that are multiples of it.
 template <int BYTES>
 __device__ __forceinline__ void cp_async_small(unsigned shared, const void* global, bool present) {
