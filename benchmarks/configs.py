@@ -20,6 +20,7 @@ from natcore.planning import (
     marching_cost,
     passes,
     plan_for,
+    resident_forward,
     resident_geometry,
     tiled,
     tiled_backward,
@@ -176,16 +177,24 @@ def _resident(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
             yield 1.0, (g,)
 
 
+def _resident_forward(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
+    """All launches: the cost model knows nothing of maps in flight."""
+    for g in resident_forward.geometries(call.problem, facts, {}):
+        yield 1.0, (g,)
+
+
 _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
     "tiled": _tiled,
     "marching": _marching,
     "whole": _whole,
     "resident": _resident,
+    "resident_forward": _resident_forward,
     "tiled_backward": _tiled_backward,
 }
 _CHOSEN: dict[str, Callable[[Call, DeviceFacts], Cut]] = {
     "whole": lambda call, facts: (whole_geometry.choose_geometry(call.problem, call.direction, facts, {}),),
     "resident": lambda call, facts: (resident_geometry.choose_geometry(call.problem, facts, {}),),
+    "resident_forward": lambda call, facts: (resident_forward.choose_geometry(call.problem, facts, {}),),
     "tiled": lambda call, facts: (tiled.configured(call, facts, {}),),
     "marching": _chosen_marching,
     "tiled_backward": _chosen_tiled_backward,

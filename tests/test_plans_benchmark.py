@@ -23,7 +23,9 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ["28x28", "7x7", "head_dim-48", "1d-k31", "stride-3", "causal-rows", "dilation-4"])
+@pytest.mark.parametrize(
+    "name", ["28x28", "14x14", "7x7", "head_dim-48", "1d-k31", "stride-3", "causal-rows", "dilation-4"]
+)
 @pytest.mark.parametrize("direction", plans.DIRECTIONS)
 def test_configs_are_distinct_and_legal(name: str, direction: str) -> None:
     call = contiguous_call(direction, shapes.ROWS[name].problem("float16"))
