@@ -36,5 +36,5 @@ def load_kernels(problems: Iterable[Problem], device_index: int, with_lse: bool,
     if trained:
         calls += [packed_call("backward", call.problem, True) for call in calls]
     with ThreadPoolExecutor(len(calls)) as pool:
-        for _ in pool.map(lambda call: load_plan(call, device_index), calls):
+        for _ in pool.map(lambda call: load_plan(call, device_index, None), calls):
             pass

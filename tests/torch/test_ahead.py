@@ -37,7 +37,7 @@ def test_the_calls_ahead_are_those_of_the_model(name: str, autocast: bool, train
         out.float().sum().backward()
     assert calls
     loaded = set()
-    monkeypatch.setattr(natcore.backends.cuda, "load_plan", lambda call, index: loaded.add(call))
+    monkeypatch.setattr(natcore.backends.cuda, "load_plan", lambda call, index, config: loaded.add(call))
     dtypes = (torch.bfloat16 if autocast else torch.float32, torch.float32)
     _prepare.__wrapped__(config, images.shape, dtypes, 0, trained or autocast, trained)
     assert loaded == calls
