@@ -8,7 +8,7 @@ import torch
 import natcore.backends.cuda
 from natcore import backends
 from natcore.models import NATConfig
-from torch_nat import NAT, launch
+from torch_nat import NAT, eager, launch, ops
 from torch_nat.ahead import _prepare
 
 NAT_ = NATConfig(16, (2, 1), (1, 2), mlp_ratio=1, kernel_size=3, dilations=((1, 3), (1,)), num_classes=3)
@@ -18,6 +18,7 @@ CONFIGS = {
     "dinat_s": replace(NAT_, layout="dinat_s", num_heads=(2, 2)),
     "isotropic": replace(NAT_, depths=(2,), num_heads=(2,), dilations=None, layout="isotropic"),
 }
+REMEMBERED = (launch.prepare_forward, launch.prepare_backward, eager._recent, ops._recent, ops._recent_backward)
 SIZES = {"isotropic": (64, 50)}
 
 
@@ -27,8 +28,8 @@ SIZES = {"isotropic": (64, 50)}
 def test_the_calls_ahead_are_those_of_the_model(name: str, autocast: bool, trained: bool, monkeypatch):
     calls, prepare = set(), backends.prepare
     monkeypatch.setattr(backends, "prepare", lambda call, *rest: (calls.add(call), prepare(call, *rest))[1])
-    launch.prepare_forward.cache_clear()
-    launch.prepare_backward.cache_clear()
+    for remembered in REMEMBERED:
+        remembered.cache_clear()
     config = CONFIGS[name]
     model, images = NAT(config).train(trained), torch.randn(2, 3, *SIZES.get(name, (50, 29)))
     with torch.set_grad_enabled(trained), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
