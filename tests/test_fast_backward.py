@@ -11,7 +11,6 @@ from dataclasses import replace
 from math import ceil
 from typing import Literal
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from natcore.planning.listed import contiguous_call
 from natcore.problem import OPERANDS, RESULTS, call_of, problem_of
 from natcore.views import Device, View
 from tests.cases import CASES, Case, check, expected, inputs, problem_for, random_case
+from tests.test_fast_forward import to_gpu
 
 FACTS = facts_for_arch("sm_90a")
 DTYPES = ("float16", "bfloat16")
@@ -92,14 +92,6 @@ def test_workspace_is_small(spatial: tuple[int, int], heads: int) -> None:
 
 
 # ---- on a GPU ----
-
-
-def to_gpu(array: np.ndarray):
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16).cuda()
-    return torch.from_numpy(np.ascontiguousarray(array)).cuda()
 
 
 class Run:

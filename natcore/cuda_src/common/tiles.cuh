@@ -23,6 +23,7 @@
 // SLOT_PLANE, and in floats, TABLE_ROW, TABLE_COPY.
 #pragma once
 
+#include "common/anew.cuh"
 #include "common/shared_rows.cuh"
 #include "common/types.cuh"
 #include "common/window.cuh"
@@ -129,7 +130,9 @@ struct Region {
       group[a] = static_cast<int>(rest % dilation_of(a));
       rest /= dilation_of(a);
       length[a] = (sizes.extent[a] - group[a] + dilation_of(a) - 1) / dilation_of(a);
-      key[a] = first_key(a, first_query(a, tile[a], length[a]), length[a]);
+      // As a new value: of the least of three, of which one is length - 1, NVRTC 13.0 (sm_90) loses a sign where it is
+      // compared with length, and takes keys below the map for present.
+      key[a] = anew(first_key(a, first_query(a, tile[a], length[a]), length[a]));
     }
     split = static_cast<int>(rest);
   }
