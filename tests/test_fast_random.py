@@ -235,7 +235,8 @@ def test_few_kernels_serve_many_maps() -> None:
         special = specialise(build)
         names = sorted(spec.name for specs in special.kernels.values() for spec in specs)
         assert not any(name.startswith("general") for name in names) and len(names) <= 4, (build.name, names)
-        assert len(special.maps) >= 4, (build.name, special.maps)
+        of_one_map = any(name.startswith(("resident", "whole")) for name in names)  # the extents are compiled in
+        assert of_one_map or len(special.maps) >= 4, (build.name, special.maps)
 
 
 def test_the_builds_need_every_fast_kernel() -> None:

@@ -117,5 +117,5 @@ def test_only_the_general_kernels_drop_weights():
         views |= {"out": View(0, problem.shapes["out"], with_seed["q"].strides, "float16", Device("cpu"))}
         plans.append(plan_for(call_of("forward", problem, views), FACTS))
     names = [[launch.kernel.name for launch in plan.launches] for plan in plans]
-    assert names == [["tiled_forward"], ["general_forward"], ["general_forward"]]
+    assert names == [["resident_forward"], ["general_forward"], ["general_forward"]]
     assert plans[1].launches[0].kernel == plans[2].launches[0].kernel, "another probability needs no other kernel"
