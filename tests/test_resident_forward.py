@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from natcore.planning import Config, candidates, plan_for, refusal, resident_forward
 from natcore.planning.listed import contiguous_call
-from natcore.planning.resident_forward import BAND, BLOCK_ROWS, choose_geometry
+from natcore.planning.resident_forward import choose_geometry
+from natcore.planning.resident_geometry import BAND, BLOCK_ROWS
 from natcore.problem import Call, Problem, Window
 from tests import test_fast_forward
 from tests.cases import CASES, Case, check, inputs, random_case

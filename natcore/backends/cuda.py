@@ -48,7 +48,7 @@ _GRAPHS_OVERLAP = 12030  # the driver version from which launches that overlap m
 
 
 @lru_cache(maxsize=4096)
-def load_plan(call: Call, device_index: int, config: Config | None = None) -> LoadedPlan:
+def load_plan(call: Call, device_index: int, config: Config | None) -> LoadedPlan:
     """The plan of a call with its kernels compiled and loaded.
 
     Raises NotImplementedError where no kernel can run the call, CompileError, or CudaError.

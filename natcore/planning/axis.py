@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -65,3 +66,16 @@ def intervals(axis: Axis, length: int) -> tuple[list[tuple[int, int]], list[tupl
 
 def up(value: int, multiple: int) -> int:
     return ceil(value / multiple) * multiple
+
+
+def defines_of(
+    axes: Sequence[Axis], rpb_dtype: str | None, values: Mapping[str, object]
+) -> tuple[tuple[str, str], ...]:
+    """A kernel's defines, sorted: the window on each axis, the bias's dtype if there is one, and what else there is."""
+    every = dict(values)
+    for a, axis in enumerate(axes):
+        its = {"KERNEL": axis.kernel, "STRIDE": axis.stride, "CAUSAL": int(axis.causal), "DILATION": axis.dilation}
+        every |= {f"{name}_{a}": value for name, value in its.items()}
+    if rpb_dtype is not None:
+        every["RPB"] = rpb_dtype
+    return tuple(sorted((name, str(value)) for name, value in every.items()))

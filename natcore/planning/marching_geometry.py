@@ -11,7 +11,7 @@ from functools import cached_property
 from math import ceil
 from typing import Literal
 
-from natcore.planning.axis import Axis, altered, intervals, up
+from natcore.planning.axis import Axis, altered, defines_of, intervals, up
 from natcore.planning.marching_reach import Reach, reach_of_keys, reach_of_queries, rows_of
 from natcore.planning.plan import DeviceFacts
 from natcore.problem import Problem
@@ -221,13 +221,7 @@ class Geometry:
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
         p, reach = self.problem, self.reach
-        names = {"KERNEL": "kernel", "STRIDE": "stride", "DILATION": "dilation", "CAUSAL": "causal"}
-        defines: dict[str, object] = {
-            f"{name}_{a}": int(getattr(axis, field))
-            for name, field in names.items()
-            for a, axis in enumerate(self.axes)
-        }
-        defines |= {"PASS": PASSES.index(self.of), "ELEMENT": p.dtype, "HEAD_DIM": p.head_dim}
+        defines: dict[str, object] = {"PASS": PASSES.index(self.of), "ELEMENT": p.dtype, "HEAD_DIM": p.head_dim}
         defines |= {"HEAD_DIM_V": p.head_dim_v, "BAND": self.band, "BLOCK_ROWS": self.block_rows}
         defines |= {"GROUPS": self.groups, "TILES": self.tiles, "HEADS": self.heads}
         defines |= {"BLOCKS": reach.blocks, "LEFT": reach.left, "PAD": reach.pad, "MARGIN": reach.margin}
@@ -237,6 +231,4 @@ class Geometry:
         defines |= {"COLUMNS": reach.columns, "PADDED": int(self.padded), "SHIFT": self.shift, "RING": self.ring}
         defines |= {"WIDTH": 0 if self.padded else self.axes[1].lengths[-1]}
         defines |= {"OWN_RING": self.own_ring, "PRODUCERS": self.producers, "BLOCKS_PER_SM": self.blocks_per_sm}
-        if p.rpb_dtype is not None:
-            defines["RPB"] = p.rpb_dtype
-        return tuple(sorted((name, str(value)) for name, value in defines.items()))
+        return defines_of(self.axes, p.rpb_dtype, defines)

@@ -12,8 +12,7 @@ from functools import partial
 from math import ceil
 
 from natcore.planning import listed
-from natcore.planning.marching_geometry import axes_of
-from natcore.planning.operands import alignment, layout_of_two_axes, refusal_of_elements, refusal_of_strides
+from natcore.planning.operands import alignment, layout_of_two_axes
 from natcore.planning.partials import SUM_DRPB, sum_drpb
 from natcore.planning.plan import (
     Candidate,
@@ -28,13 +27,7 @@ from natcore.planning.plan import (
     Scale,
     Workspace,
 )
-from natcore.planning.resident_geometry import (
-    BLOCK_ROWS,
-    MAX_HEAD_DIM,
-    MOST,
-    choose_geometry,
-    rows_of_bands,
-)
+from natcore.planning.resident_geometry import Maps, choose_geometry, refusal_of_maps
 from natcore.problem import OPERANDS, Call
 
 OPTIONS = ("at_once", "warps", "blocks_per_sm")
@@ -44,6 +37,23 @@ _OPERANDS = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq", "dk", "
 _LAUNCH, _PHASE, _UNIT = 25_000, 2_600, 87
 
 
+def launch_of(
+    call: Call, facts: DeviceFacts, g: Maps, slices: int, names: tuple[str, ...], more: tuple[Param, ...] = ()
+) -> Launch:
+    """One of a resident kernel: pointers to its operands ``names``, ``more``, the scale, struct Params."""
+    p, index = call.problem, OPERANDS[call.direction].index
+    sizes = struct.pack("=4i", *p.spatial, p.batch, slices)
+    params = Constant(sizes + b"".join(layout_of_two_axes(call, name) for name in names))
+    operands = (Operand(index(name), alignment(name)) for name in names)
+    return Launch(
+        KernelSpec(f"resident_{call.direction}", g.defines, facts.arch),
+        (p.heads, g.map_groups * slices, 1),
+        (32 * g.warps, 1, 1),
+        g.shared_bytes,
+        (*operands, *more, Scale("float32"), params),
+    )
+
+
 def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     """The plan of a call that `refusal` has passed."""
     p = call.problem
@@ -51,19 +61,9 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     if g is None:
         raise ValueError(f"config: the options {dict(options)} need more shared memory than {facts} has, for {p}.")
     slices = g.slices(facts)
-    index = OPERANDS["backward"].index
-    drpb = call.strides[index("drpb")]
+    drpb = call.strides[OPERANDS["backward"].index("drpb")]
     partials: Param = Constant(bytes(8)) if drpb is None else Workspace(0)
-    sizes = struct.pack("=4i", *p.spatial, p.batch, slices)
-    params = Constant(sizes + b"".join(layout_of_two_axes(call, name) for name in _OPERANDS))
-    operands = (Operand(index(name), alignment(name)) for name in _OPERANDS)
-    main = Launch(
-        KernelSpec("resident_backward", g.defines, facts.arch),
-        (p.heads, g.map_groups * slices, 1),
-        (32 * g.warps, 1, 1),
-        g.shared_bytes,
-        (*operands, partials, Scale("float32"), params),
-    )
+    main = launch_of(call, facts, g, slices, _OPERANDS, (partials,))
     if drpb is None:
         return Plan((main,), 0)
     head, *axis = drpb
@@ -75,25 +75,11 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
 def refusal(call: Call, facts: DeviceFacts) -> str | None:
     """Why the resident kernel cannot run a call, or None."""
     p = call.problem
-    reason = refusal_of_elements(call, facts, "resident")
+    reason = refusal_of_maps(call, facts)
     if reason is not None:
         return reason
-    if p.window.rank != 2:
-        return f"{p.window.rank}-D windows are for the tiled kernels."
-    if p.extra or p.batch == 0:
-        return "additional keys and empty batches are for the general kernel."
     if p.heads != p.heads_kv:
         return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the tiled one."
-    if max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
-        return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: beyond {MAX_HEAD_DIM} a map leaves no room."
-    rows, columns = axes_of(p)
-    if max(rows.lengths[0], columns.lengths[0]) > MOST:
-        return f"map {p.spatial}, dilation {p.window.dilation}: more than {MOST} rows or columns in a dilation group."
-    if rows_of_bands(rows) > BLOCK_ROWS:
-        return f"kernel_size {p.window.kernel_size}: two rows of queries see more than {BLOCK_ROWS} rows of keys."
-    reason = refusal_of_strides(call, 1 << 24, "the 32 bits of offsets inside a map", first=1)
-    if reason is not None:
-        return reason
     if choose_geometry(p, facts, {}) is None:
         return f"map {p.spatial}: {facts} has too little shared memory."
     return None

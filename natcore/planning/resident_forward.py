@@ -6,7 +6,6 @@ has in shared memory; extents, batch, heads and strides are arguments.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -15,30 +14,17 @@ from math import ceil, prod
 from natcore.planning import listed
 from natcore.planning.axis import Axis, up
 from natcore.planning.marching_geometry import axes_of
-from natcore.planning.operands import alignment, layout_of_two_axes, refusal_of_elements, refusal_of_strides
-from natcore.planning.plan import (
-    Candidate,
-    Constant,
-    DeviceFacts,
-    KernelInfo,
-    KernelSpec,
-    Launch,
-    Operand,
-    Plan,
-    Scale,
-)
-from natcore.planning.resident_geometry import BAND, BLOCK_ROWS, MAX_HEAD_DIM, MOST, rows_of_bands
-from natcore.problem import OPERANDS, Call, Problem
+from natcore.planning.plan import Candidate, DeviceFacts, KernelInfo, Plan
+from natcore.planning.resident import launch_of
+from natcore.planning.resident_geometry import BLOCK_ROWS, MOST, TOKEN, WARPS, Maps, refusal_of_maps, rows_of_bands
+from natcore.problem import Call, Problem
 
 OPTIONS = ("stages", "warps", "blocks_per_sm")
 MOST_SEEN = 12  # columns of keys of a half band, whose scores and bias are in registers
 _OPERANDS = ("q", "k", "v", "rpb", "out", "lse")
 _HALF = 8  # columns of queries, at most
-_TOKEN = 64  # bytes
 _CHUNKS = 4  # of a token
 _STAGES = 3  # maps of a block in shared memory: with more, the first one comes later
-_WARPS = 16  # of a multiprocessor, by their registers
-_RESERVED = 1 << 10  # bytes of shared memory that a block takes beside its own
 #: Clocks before a block's first map, of a column of keys of a half band, and of 1,000 bytes that a multiprocessor
 #: moves: fitted to 30 measured times on an H200 (6 % rms, 17 % at most). The first is 2,200 more than fitted, as what
 #: other kernels' models predict is too much by about so many.
@@ -46,25 +32,10 @@ _START, _COLUMN, _KILOBYTE = 9_200, 9.7, 46
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Geometry(Maps):
     """Half bands of queries, a warp's each, and maps in shared memory."""
 
-    problem: Problem
     stages: int
-    warps: int
-    blocks_per_sm: int
-
-    @cached_property
-    def axes(self) -> tuple[Axis, Axis]:
-        return axes_of(self.problem)
-
-    @property
-    def rows(self) -> int:
-        return self.axes[0].lengths[0]
-
-    @property
-    def columns(self) -> int:
-        return self.axes[1].lengths[0]
 
     @property
     def halves(self) -> int:
@@ -73,7 +44,7 @@ class Geometry:
 
     @property
     def workers(self) -> int:
-        return ceil(self.rows / BAND) * self.halves
+        return self.bands * self.halves
 
     @cached_property
     def seen(self) -> int:
@@ -81,43 +52,17 @@ class Geometry:
         return columns_seen(self.axes[1])
 
     @property
-    def map_groups(self) -> int:
-        """Dilation groups."""
-        d0, d1 = self.problem.window.dilation
-        return d0 * d1
-
-    @property
     def defines(self) -> tuple[tuple[str, str], ...]:
         p = self.problem
-        values: dict[str, object] = {
-            "ELEMENT": p.dtype,
-            "HEAD_DIM": p.head_dim,
-            "HEAD_DIM_V": p.head_dim_v,
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "SEEN": self.seen,
-            "HEADS_PER_KV": p.heads // p.heads_kv,
-            "STAGES": self.stages,
-            "WARPS": self.warps,
-            "BLOCKS_PER_SM": self.blocks_per_sm,
-        }
-        if p.rpb_dtype is not None:
-            values["RPB"] = p.rpb_dtype
-        for a, axis in enumerate(self.axes):
-            its = {"KERNEL": axis.kernel, "STRIDE": axis.stride, "CAUSAL": int(axis.causal), "DILATION": axis.dilation}
-            values |= {f"{name}_{a}": value for name, value in its.items()}
-        return tuple(sorted((name, str(value)) for name, value in values.items()))
+        return self.defines_with(SEEN=self.seen, HEADS_PER_KV=p.heads // p.heads_kv, STAGES=self.stages)
 
     @property
     def shared_bytes(self) -> int:
         """SHARED_BYTES of cuda_src/kernels/resident_forward.cu."""
         rows, columns = self.axes
-        a_map = up(self.rows * _TOKEN * (2 * up(self.columns, 2) + self.columns), 128)
+        a_map = up(self.rows * TOKEN * (2 * up(self.columns, 2) + self.columns), 128)
         table = (2 * rows.kernel - 1) * (2 * columns.kernel - 1) * 4
-        return self.stages * (a_map + 24) + 16 + self.workers * (16 * _TOKEN + 32 * 36) + table
-
-    def fits(self, facts: DeviceFacts) -> bool:
-        return self.blocks_per_sm * (self.shared_bytes + _RESERVED) <= facts.shared_bytes_per_block + _RESERVED
+        return self.stages * (a_map + 24) + 16 + self.workers * (16 * TOKEN + 32 * 36) + table
 
     def blocks_of(self, slices: int) -> int:
         return self.problem.heads * self.map_groups * slices
@@ -158,12 +103,12 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int])
     # Warps that only copy, if as many are left as have a row of the map; else all copy.
     copiers = ceil(g.columns * _CHUNKS / 32)
     for warps in (g.workers + copiers, g.workers):
-        for blocks in range(max(_WARPS // warps, 1), 0, -1):
+        for blocks in range(max(WARPS // warps, 1), 0, -1):
             for stages in range(_STAGES, 1, -1):
                 values = {"stages": stages, "warps": warps, "blocks_per_sm": blocks, **options}
                 chosen = Geometry(problem, **values)
                 legal = chosen.warps in (g.workers, g.workers + copiers) and chosen.stages > 1
-                if legal and chosen.warps * chosen.blocks_per_sm <= _WARPS and chosen.fits(facts):
+                if legal and chosen.warps * chosen.blocks_per_sm <= WARPS and chosen.fits(facts):
                     yield chosen
 
 
@@ -182,45 +127,19 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     g = choose_geometry(p, facts, options)
     if g is None:
         raise ValueError(f"config: no launch with the options {dict(options)} fits {facts}, for {p}.")
-    slices = g.slices(facts)
-    index = OPERANDS["forward"].index
-    sizes = struct.pack("=4i", *p.spatial, p.batch, slices)
-    layouts = b"".join(layout_of_two_axes(call, name) for name in _OPERANDS)
-    params = Constant(sizes + layouts)
-    launch = Launch(
-        KernelSpec("resident_forward", g.defines, facts.arch),
-        (p.heads, g.map_groups * slices, 1),
-        (32 * g.warps, 1, 1),
-        g.shared_bytes,
-        (*(Operand(index(name), alignment(name)) for name in _OPERANDS), Scale("float32"), params),
-    )
-    return Plan((launch,), 0)
+    return Plan((launch_of(call, facts, g, g.slices(facts), _OPERANDS),), 0)
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:
     """Why the resident forward cannot run a call, or None."""
     p = call.problem
-    reason = refusal_of_elements(call, facts, "resident")
+    reason = refusal_of_maps(call, facts)
     if reason is not None:
         return reason
-    if p.window.rank != 2:
-        return f"{p.window.rank}-D windows are for the tiled kernel."
-    if p.extra or p.batch == 0:
-        return "additional keys and empty batches are for the general kernel."
-    if max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
-        return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: beyond {MAX_HEAD_DIM} a map leaves no room."
-    rows, columns = axes_of(p)
-    if max(rows.lengths[0], columns.lengths[0]) > MOST:
-        return f"map {p.spatial}, dilation {p.window.dilation}: more than {MOST} rows or columns in a dilation group."
-    if rows_of_bands(rows) > BLOCK_ROWS:
-        return f"kernel_size {p.window.kernel_size}: two rows of queries see more than {BLOCK_ROWS} rows of keys."
-    if columns_seen(columns) > MOST_SEEN:
+    if columns_seen(axes_of(p)[1]) > MOST_SEEN:
         return (
             f"kernel_size {p.window.kernel_size}: {_HALF} queries of a row see more than {MOST_SEEN} columns of keys."
         )
-    reason = refusal_of_strides(call, 1 << 24, "the 32 bits of offsets inside a map", first=1)
-    if reason is not None:
-        return reason
     if choose_geometry(p, facts, {}) is None:
         return f"map {p.spatial}: {facts} has too little shared memory for two."
     return None

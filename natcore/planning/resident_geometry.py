@@ -1,4 +1,5 @@
-"""How the resident kernel groups the tokens of a map (cuda_src/common/resident.cuh). Pure integers."""
+"""What the resident kernels know of maps (cuda_src/common/resident_map.cuh), and how the backward groups their tokens
+(cuda_src/common/resident.cuh). Pure integers."""
 
 from __future__ import annotations
 
@@ -7,28 +8,27 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
 
-from natcore.planning.axis import Axis, up
+from natcore.planning.axis import Axis, defines_of, up
 from natcore.planning.marching_geometry import axes_of
+from natcore.planning.operands import refusal_of_elements, refusal_of_strides
 from natcore.planning.plan import DeviceFacts
-from natcore.problem import Problem
+from natcore.problem import Call, Problem
 
 BAND, GROUP_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS = 2, 4, 8, 2
 MOST = 16  # rows, and columns
 MAX_HEAD_DIM = 32
-_TOKEN = 64  # bytes
+TOKEN = 64  # bytes
+WARPS = 16  # of a multiprocessor, by their registers
 _MOST_PAIRS = 8
 _COPIERS = 2  # warps that do nothing else in a phase's first part
-_WARPS = 16  # of a multiprocessor, by their registers
 _RESERVED = 1 << 10  # bytes of shared memory that a block takes beside its own
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Pairs of columns of keys, from column -shift on, and how many of them are worked on at once."""
+class Maps:
+    """Maps in the shared memory of a block, and the launch."""
 
     problem: Problem
-    shift: int
-    at_once: int  # pairs of a phase
     warps: int
     blocks_per_sm: int
 
@@ -47,6 +47,37 @@ class Geometry:
     @property
     def bands(self) -> int:
         return ceil(self.rows / BAND)
+
+    @property
+    def map_groups(self) -> int:
+        """Dilation groups."""
+        d0, d1 = self.problem.window.dilation
+        return d0 * d1
+
+    @property
+    def shared_bytes(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def defines(self) -> tuple[tuple[str, str], ...]:
+        raise NotImplementedError
+
+    def fits(self, facts: DeviceFacts) -> bool:
+        return self.blocks_per_sm * (self.shared_bytes + _RESERVED) <= facts.shared_bytes_per_block + _RESERVED
+
+    def defines_with(self, **own: object) -> tuple[tuple[str, str], ...]:
+        p = self.problem
+        values = {"ELEMENT": p.dtype, "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "ROWS": self.rows}
+        values |= {"COLUMNS": self.columns, "WARPS": self.warps, "BLOCKS_PER_SM": self.blocks_per_sm}
+        return defines_of(self.axes, p.rpb_dtype, values | own)
+
+
+@dataclass(frozen=True)
+class Geometry(Maps):
+    """Pairs of columns of keys, from column -shift on, and how many of them are worked on at once."""
+
+    shift: int
+    at_once: int  # pairs of a phase
 
     @property
     def groups(self) -> int:
@@ -73,12 +104,6 @@ class Geometry:
         return sum(end - first for first, end in self.pairs_of_groups)
 
     @property
-    def map_groups(self) -> int:
-        """Dilation groups."""
-        d0, d1 = self.problem.window.dilation
-        return d0 * d1
-
-    @property
     def entries(self) -> int:
         """Of a head's bias."""
         rows, columns = self.axes
@@ -86,27 +111,13 @@ class Geometry:
 
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
-        p = self.problem
-        values: dict[str, object] = {
-            "ELEMENT": p.dtype,
-            "HEAD_DIM": p.head_dim,
-            "HEAD_DIM_V": p.head_dim_v,
-            "ROWS": self.rows,
-            "COLUMNS": self.columns,
-            "SHIFT": self.shift,
-            "PAIRS": self.pairs,
-            "FIRST_PAIRS": hex(sum(first << 4 * g for g, (first, _) in enumerate(self.pairs_of_groups))),
-            "END_PAIRS": hex(sum(end << 4 * g for g, (_, end) in enumerate(self.pairs_of_groups))),
-            "AT_ONCE": self.at_once,
-            "WARPS": self.warps,
-            "BLOCKS_PER_SM": self.blocks_per_sm,
-        }
-        if p.rpb_dtype is not None:
-            values["RPB"] = p.rpb_dtype
-        for a, axis in enumerate(self.axes):
-            its = {"KERNEL": axis.kernel, "STRIDE": axis.stride, "CAUSAL": int(axis.causal), "DILATION": axis.dilation}
-            values |= {f"{name}_{a}": value for name, value in its.items()}
-        return tuple(sorted((name, str(value)) for name, value in values.items()))
+        return self.defines_with(
+            SHIFT=self.shift,
+            PAIRS=self.pairs,
+            FIRST_PAIRS=hex(sum(first << 4 * g for g, (first, _) in enumerate(self.pairs_of_groups))),
+            END_PAIRS=hex(sum(end << 4 * g for g, (_, end) in enumerate(self.pairs_of_groups))),
+            AT_ONCE=self.at_once,
+        )
 
     @property
     def distances(self) -> int:
@@ -118,7 +129,7 @@ class Geometry:
     @property
     def shared_bytes(self) -> int:
         """SHARED_BYTES of common/resident.cuh."""
-        seen, queries = self.rows * self.pairs * BLOCK_COLUMNS * _TOKEN, self.bands * self.groups * 8 * _TOKEN
+        seen, queries = self.rows * self.pairs * BLOCK_COLUMNS * TOKEN, self.bands * self.groups * 8 * TOKEN
         of_pairs = [sum(first <= pair < end for first, end in self.pairs_of_groups) for pair in range(self.pairs)]
         units = max(sum(of_pairs[i : i + self.at_once]) for i in range(0, self.pairs, self.at_once))
         differences = BLOCK_COLUMNS * self.distances + GROUP_COLUMNS - 1
@@ -126,16 +137,13 @@ class Geometry:
         total = 4 * seen + 6 * queries + 256 + self.bands * units * 512
         return (
             total
-            + self.warps * 16 * _TOKEN
+            + self.warps * 16 * TOKEN
             + self.bands * (self.halves * 128 + 4)
             + table
             + up(self.bands, 2) * 64
             + self.halves * 128
             + self.bands * 64
         )
-
-    def fits(self, facts: DeviceFacts) -> bool:
-        return self.blocks_per_sm * (self.shared_bytes + _RESERVED) <= facts.shared_bytes_per_block + _RESERVED
 
     def slices(self, facts: DeviceFacts) -> int:
         """Of the batch, as equal as may be: blocks of a head and dilation group."""
@@ -167,6 +175,26 @@ def rows_of_bands(rows: Axis) -> int:
     return most
 
 
+def refusal_of_maps(call: Call, facts: DeviceFacts) -> str | None:
+    """Why no resident kernel can take a call's maps, or None."""
+    p = call.problem
+    reason = refusal_of_elements(call, facts, "resident")
+    if reason is not None:
+        return reason
+    if p.window.rank != 2:
+        return f"{p.window.rank}-D windows are for the tiled kernels."
+    if p.extra or p.batch == 0:
+        return "additional keys and empty batches are for the general kernel."
+    if max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
+        return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: beyond {MAX_HEAD_DIM} a map leaves no room."
+    rows, columns = axes_of(p)
+    if max(rows.lengths[0], columns.lengths[0]) > MOST:
+        return f"map {p.spatial}, dilation {p.window.dilation}: more than {MOST} rows or columns in a dilation group."
+    if rows_of_bands(rows) > BLOCK_ROWS:
+        return f"kernel_size {p.window.kernel_size}: two rows of queries see more than {BLOCK_ROWS} rows of keys."
+    return refusal_of_strides(call, 1 << 24, "the 32 bits of offsets inside a map", first=1)
+
+
 def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int]) -> Iterator[Geometry]:
     """Those that fit a GPU and have the options, the preferred first: the most pairs of a phase, then of blocks."""
     rows, columns = axes_of(problem)
@@ -174,16 +202,16 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int])
         return
     if min(options.values(), default=1) < 1:
         return
-    found = [Geometry(problem, shift, 1, 1, 1) for shift in range(BLOCK_COLUMNS)]
+    found = [Geometry(problem, 1, 1, shift, 1) for shift in range(BLOCK_COLUMNS)]
     shape = min((g for g in found if g.pairs <= _MOST_PAIRS), key=lambda g: g.units)
     for at_once in (8, 4, 2, 1):
         its = min(options.get("at_once", at_once), shape.pairs)
         halves = shape.bands * shape.halves
-        warps = min(max(halves + _COPIERS, 2 * its), _WARPS)
-        for blocks in range(max(_WARPS // warps, 1), 0, -1):
+        warps = min(max(halves + _COPIERS, 2 * its), WARPS)
+        for blocks in range(max(WARPS // warps, 1), 0, -1):
             values = {"warps": warps, "blocks_per_sm": blocks, **options, "at_once": its}
-            g = Geometry(problem, shape.shift, **values)
-            if halves <= g.warps <= _WARPS and g.columns <= 8 * g.warps and g.fits(facts):
+            g = Geometry(problem, shift=shape.shift, **values)
+            if halves <= g.warps <= WARPS and g.columns <= 8 * g.warps and g.fits(facts):
                 yield g
 
 

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from itertools import product
 from math import ceil, prod
 
-from natcore.planning.axis import Axis
+from natcore.planning.axis import Axis, defines_of
 from natcore.planning.plan import DeviceFacts
 from natcore.problem import Direction, Problem
 
@@ -82,13 +82,9 @@ class Geometry:
             "BLOCKS_PER_SM": self.blocks_per_sm,
             "FULL": int(self.full),
         }
-        if p.rpb_dtype is not None:
-            values["RPB"] = p.rpb_dtype
-        for a, (axis, tile, tiles) in enumerate(zip(self.axes, self.tile, self.tiles, strict=True)):
-            names = ("KERNEL", "STRIDE", "CAUSAL", "DILATION", "TILE", "TILES")
-            its = (axis.kernel, axis.stride, int(axis.causal), axis.dilation, tile, tiles)
-            values |= {f"{name}_{a}": value for name, value in zip(names, its, strict=True)}
-        return tuple(sorted((name, str(value)) for name, value in values.items()))
+        for a, (tile, tiles) in enumerate(zip(self.tile, self.tiles, strict=True)):
+            values |= {f"TILE_{a}": tile, f"TILES_{a}": tiles}
+        return defines_of(self.axes, p.rpb_dtype, values)
 
     # ---- shared memory, in bytes: as the kernels count it ----
 

@@ -14,10 +14,9 @@
 // (neighbours that are loaded at once).
 #pragma once
 
-#include "common/types.cuh"
+#include "common/elements.cuh"
 #include "common/window.cuh"
 
-using Element = ELEMENT;
 using Acc = AccumulatorOf<Element>::type;
 using Index = INDEX;
 
@@ -30,12 +29,6 @@ __device__ __forceinline__ Acc infinity() { return __uint_as_float(0x7f800000u);
 static_assert(LANES <= 32 && (LANES & (LANES - 1)) == 0, "a group of lanes is an aligned part of a warp");
 static_assert(HEAD_DIM % VECTOR == 0 && HEAD_DIM_V % VECTOR == 0, "a row is whole chunks");
 static_assert(VECTOR * sizeof(Element) <= 16, "a chunk is one load");
-
-#ifdef RPB
-using BiasElement = RPB;
-#else
-using BiasElement = float32;  // of a null pointer
-#endif
 
 // ---- sizes and strides: written by natcore/planning/general.py ----
 

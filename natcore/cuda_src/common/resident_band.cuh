@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/resident_map.cuh"
+#include "common/turn.cuh"
 #include "ptx/mbarrier.cuh"
 
 constexpr int WIDTH = (COLUMNS + HALVES - 1) / HALVES;  // of half a band: columns of queries
@@ -53,15 +54,6 @@ struct Barriers {
     }
     mbarrier_init(first_keys(), THREADS);
     mbarrier_init(first_values(), THREADS);
-  }
-};
-
-// A place in the ring of maps, and the parity of its phase.
-struct Turn {
-  int slot = 0;
-  unsigned phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == STAGES) slot = 0, phase ^= 1;
   }
 };
 

@@ -8,19 +8,12 @@
 #pragma once
 
 #include "common/anew.cuh"
+#include "common/elements.cuh"
 #include "common/scale.cuh"
 #include "common/shared_rows.cuh"
-#include "common/types.cuh"
-#include "common/window.cuh"
+#include "common/two_axes.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
-
-using Element = ELEMENT;
-#ifdef RPB
-using BiasElement = RPB;
-#else
-using BiasElement = float32;  // of a null pointer
-#endif
 
 constexpr int BAND = 2, CHUNKS = 4, TOKEN = 64;  // chunks of 8 elements of a token in shared memory, and its bytes
 constexpr int THREADS = 32 * WARPS;
@@ -35,17 +28,6 @@ static_assert(WORKERS <= WARPS, "half a band is a warp's");
 struct Sizes {
   int extent[2], batch, slices;  // a block takes every slices-th batch entry
 };
-
-struct Layout {  // strides in elements; `step` is that of neighbours in a dilation group
-  long long batch;
-  int head, axis[2], step[2];
-
-  __device__ __forceinline__ int of(int row, int column) const { return row * step[0] + column * step[1]; }
-};
-
-__device__ __forceinline__ Axis window_of(int a) {
-  return {0, a == 0 ? KERNEL_0 : KERNEL_1, a == 0 ? STRIDE_0 : STRIDE_1, 1, a == 0 ? CAUSAL_0 : CAUSAL_1};
-}
 
 // What a block owns: a head of queries, blockIdx.x, of the maps of a dilation group and slice of the batch, blockIdx.y.
 struct Share {

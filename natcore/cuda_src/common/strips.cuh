@@ -40,16 +40,10 @@
 // CAUSAL_a, DILATION_a.
 #pragma once
 
+#include "common/elements.cuh"
 #include "common/shared_rows.cuh"
-#include "common/types.cuh"
-#include "common/window.cuh"
-
-using Element = ELEMENT;
-#ifdef RPB
-using BiasElement = RPB;
-#else
-using BiasElement = float32;  // of a null pointer
-#endif
+#include "common/turn.cuh"
+#include "common/two_axes.cuh"
 
 constexpr int FORWARD = 0, QUERIES = 1, KEYS = 2;  // values of PASS
 constexpr bool OWN_KEYS = PASS == KEYS;
@@ -187,15 +181,6 @@ struct Sizes {
   int head_groups, slices;  // blocks that share HEADS heads
 };
 
-struct Layout {  // strides in elements; `step` is that of neighbours in a dilation group
-  long long batch;
-  int head, axis[2], step[2];
-};
-
-__device__ __forceinline__ Axis window_of(int a) {
-  return {0, a == 0 ? KERNEL_0 : KERNEL_1, a == 0 ? STRIDE_0 : STRIDE_1, 1, a == 0 ? CAUSAL_0 : CAUSAL_1};
-}
-
 // What an own token sees, on one axis.
 __device__ __forceinline__ Interval seen_by(int a, int x, int length) {
   return OWN_KEYS ? queries_of(window_of(a), x, length) : keys_of(window_of(a), x, length);
@@ -259,16 +244,6 @@ struct Run {
 };
 
 __device__ __forceinline__ int stage_of(int row) { return static_cast<unsigned>(row + SHIFT) / BAND; }  // row >= 0
-
-// A place in a ring of barriers: which one, and the parity of its phase.
-template <int COUNT>
-struct Turn {
-  int slot = 0;
-  unsigned phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == COUNT) slot = 0, phase ^= 1;
-  }
-};
 
 // The barriers: stages of seen rows full and empty, bands of own rows full and empty.
 struct Barriers {

@@ -31,21 +31,13 @@
 // FIRST_DIFFERENCE_a and DIFFERENCES_a (key - query).
 #pragma once
 
+#include "common/elements.cuh"
 #include "common/shared_rows.cuh"
-#include "common/types.cuh"
 #include "common/window.cuh"
 
-using Element = ELEMENT;
 constexpr int CHUNK_ELEMENTS = 16 / sizeof(Element);  // of 16 bytes
 template <int D>
 using Row = Rows<D, sizeof(Element)>;
-#ifdef RPB
-using BiasElement = RPB;
-constexpr bool BIASED = true;
-#else
-using BiasElement = float32;  // of a null pointer
-constexpr bool BIASED = false;
-#endif
 
 constexpr int WARPS = REGION_1 * REGION_2, THREADS = 32 * WARPS;
 constexpr int STEP_ROWS = TILE_1 > 1 ? 2 : 1, STEP_COLUMNS = 16 / STEP_ROWS;

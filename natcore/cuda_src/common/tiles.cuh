@@ -24,19 +24,13 @@
 #pragma once
 
 #include "common/anew.cuh"
+#include "common/elements.cuh"
 #include "common/shared_rows.cuh"
-#include "common/types.cuh"
 #include "common/window.cuh"
 
-using Element = ELEMENT;
 constexpr int CHUNK_ELEMENTS = 16 / sizeof(Element);  // of 16 bytes
 template <int D>
 using Row = Rows<D, sizeof(Element)>;
-#ifdef RPB
-using BiasElement = RPB;
-#else
-using BiasElement = float32;  // of a null pointer
-#endif
 
 __device__ constexpr int of_axis(int a, int x0, int x1, int x2) { return a == 0 ? x0 : a == 1 ? x1 : x2; }
 #define NATCORE_PER_AXIS(NAME, CONSTANT) \

@@ -20,18 +20,11 @@
 #pragma once
 
 #include "common/anew.cuh"
+#include "common/elements.cuh"
 #include "common/shared_rows.cuh"
-#include "common/types.cuh"
 #include "common/window.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
-
-using Element = ELEMENT;
-#ifdef RPB
-using BiasElement = RPB;
-#else
-using BiasElement = float32;  // of a null pointer
-#endif
 
 constexpr int THREADS = 32 * WARPS, AT_ONCE = WARPS / (HEADS * SPLIT);  // batch entries
 constexpr int TILES = TILES_0 * TILES_1 * TILES_2;

@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
   if (!SEPARATE || warp >= WORKERS) {
     mbarrier_arrive(barriers.keys(0));
     mbarrier_arrive(barriers.values(0));
-    Turn turn;
+    Turn<STAGES> turn;
     turn.advance();
     int entry = share.slice + step;
 #pragma unroll 1
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     find_start(start, table, half, share, its_lane);
   }
 
-  Turn turn, last;
+  Turn<STAGES> turn, last;
 #pragma unroll 1
   for (int entry = share.slice; entry < batch; entry += step, turn.advance()) {
     const int lane = anew_lane(its_lane);
