@@ -14,7 +14,7 @@ from natcore.problem import OPERANDS, RESULTS, call_of, problem_of
 from tests import host
 from tests.cases import Case, check, expected, inputs, numpy_dtype
 from tests.test_general_kernels import poisoned, view
-from tests.test_host_marching import FACTS, FEW, OLDER, aligned
+from tests.test_host_marching import FACTS, FEW, IMAGES, OLDER, aligned, leaves_rows
 from tests.test_marching_backward import CASES, OPTIONS, configured
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
@@ -122,6 +122,21 @@ def test_any_order(order: int, folder: Path) -> None:
 
 def test_older_architecture(folder: Path) -> None:
     judge(BLOCK, "bfloat16", folder, facts=OLDER)
+
+
+@pytest.mark.parametrize(
+    "case", [*IMAGES[:-1], replace(IMAGES[-1], name="stride_1", spatial=(9, 29), stride=1)], ids=lambda case: case.name
+)
+def test_what_is_not_a_number_stays_in_its_image(case: Case, folder: Path) -> None:
+    """As the forward's test, but for drpb, which is of all images."""
+    arrays, results = prepared(case, "float16")
+    for name in ("d_out", "q", "k", "v", "out", "lse", "d_lse"):
+        arrays[name][1::2] = np.nan
+    plan = planned(case, arrays | results, {}, FACTS)
+    assert leaves_rows(plan)
+    for order in (host.Order.EAGER, host.Order.LATE):
+        execute(case, plan, arrays | results, folder, order=order)
+        assert not any(np.isnan(results[name][::2].astype(np.float32)).any() for name in ("dq", "dk", "dv"))
 
 
 # ---- that defects are noticed ----

@@ -181,11 +181,12 @@ class Geometry:
     def shared_bytes(self) -> int:
         """SHARED_BYTES of common/strips.cuh."""
         p, reach, steps = self.problem, self.reach, self.steps
-        total = 0
+        total = gap = up(reach.margin * self.heads * max(steps) * 32, 128)
         for token in (self.heads * s * 32 for s in steps):
             permuted = self.block_columns * token % 128 == 0
-            pitch = up(reach.columns * token, 128) if permuted else _odd(reach.columns * token)
-            total += up(self.ring * self.band * pitch, 128) + 2 * up(reach.margin * token, 128)
+            copied = up(reach.columns, self.block_columns) if permuted and gap else reach.columns
+            pitch = up(copied * token, 128) + gap if permuted else _odd(copied * token + gap)
+            total += self.ring * self.band * pitch
         own = {"forward": steps[:1], "queries": (*steps, steps[1]), "keys": steps}[self.of]
         for s in own:
             total += self.own_ring * self.band * up(self.strip * self.heads * s * 32, 128)

@@ -48,24 +48,16 @@ struct RowCopy {
 // Where consumers and producers wait for each other before the first copy.
 __device__ __forceinline__ void all_are_prepared() { named_barrier_sync(2, THREADS); }
 
-// What the copies never write and products read: halves of 16-element steps, what lies beside rows that are the map's,
-// and rows below it. All consumers of the block.
-template <int D>
-__device__ __forceinline__ void clear_rest(unsigned char* shared, int bytes, bool all = false) {
-  if (D % 16 != 0 || all) {
-    for (int i = threadIdx.x; i < bytes / 16; i += 32 * CONSUMERS)
-      reinterpret_cast<uint4*>(shared)[i] = uint4{0, 0, 0, 0};
-  }
+// Zeros: COUNT stretches of BYTES, PITCH apart. All consumers of the block.
+template <int BYTES, int COUNT = 1, int PITCH = BYTES>
+__device__ __forceinline__ void clear(unsigned char* first) {
+  constexpr int CHUNKS = BYTES / 16;
+  for (int i = threadIdx.x; i < COUNT * CHUNKS; i += 32 * CONSUMERS)
+    *reinterpret_cast<uint4*>(first + i / CHUNKS * PITCH + i % CHUNKS * 16) = uint4{0, 0, 0, 0};
 }
 template <typename Rows>
-__device__ __forceinline__ void clear_margins(unsigned char* shared) {  // around the end of each row
-  constexpr int BEFORE = Rows::BYTES < margin_of(Rows::TOKEN) ? Rows::BYTES : margin_of(Rows::TOKEN);
-  constexpr int CHUNKS = (BEFORE + Rows::PITCH - Rows::BYTES + margin_of(Rows::TOKEN)) / 16;
-  for (int i = threadIdx.x; i < (SEEN_ROWS + 1) * CHUNKS; i += 32 * CONSUMERS) {
-    const int byte = (i / CHUNKS - 1) * Rows::PITCH + (Rows::BYTES - BEFORE) / 16 * 16 + i % CHUNKS * 16;
-    if (-margin_of(Rows::TOKEN) <= byte && byte < SEEN_ROWS * Rows::PITCH + margin_of(Rows::TOKEN))
-      *reinterpret_cast<uint4*>(shared + byte) = uint4{0, 0, 0, 0};
-  }
+__device__ __forceinline__ void clear_gaps(unsigned char* rows) {
+  clear<Rows::PITCH - Rows::BYTES, SEEN_ROWS, Rows::PITCH>(rows + Rows::BYTES);
 }
 
 // All barriers, by one thread: addresses that differ between lanes would be taken one after the other.
@@ -82,18 +74,20 @@ __device__ __forceinline__ void make_barriers(const Barriers& barriers) {
   }
 }
 
-// What the consumers do before anything is copied: whatever no copy ever writes. Meanwhile the producers make the
-// barriers and find out what to copy.
+// What the consumers do before anything is copied: zeros where products read what no copy ever writes, which are halves
+// of 16-element steps, gaps between rows, and rows below the map. Meanwhile the producers make the barriers and find out
+// what to copy.
 __device__ __forceinline__ void prepare_shared(unsigned char* shared, const Sizes& sizes) {
   // Rows of queries below the map are never copied, but drpb adds up 0 times what they hold.
   const bool all = PASS == QUERIES && (DILATION_0 > 1 || sizes.extent[0] % BAND != 0);
-  clear_rest<HEAD_DIM>(shared, SEEN_D_END);
-  clear_rest<HEAD_DIM_V>(shared + SEEN_D_END, OWN_D_AT - SEEN_D_END);
-  clear_rest<HEAD_DIM>(shared + OWN_D_AT, OWN_V_AT - OWN_D_AT, all);
-  clear_rest<HEAD_DIM_V>(shared + OWN_V_AT, OUT_AT - OWN_V_AT, all);
+  if (HEAD_DIM % 16 != 0) clear<SEEN_V_AT - SEEN_D_AT>(shared + SEEN_D_AT);
+  if (HEAD_DIM_V % 16 != 0) clear<OWN_D_AT - SEEN_V_AT>(shared + SEEN_V_AT);
+  if (HEAD_DIM % 16 != 0 || all) clear<OWN_V_AT - OWN_D_AT>(shared + OWN_D_AT);
+  if (HEAD_DIM_V % 16 != 0 || all) clear<OUT_AT - OWN_V_AT>(shared + OWN_V_AT);
   if constexpr (MARGIN > 0) {
-    clear_margins<SeenD>(shared + SEEN_D_AT);
-    clear_margins<SeenV>(shared + SEEN_V_AT);
+    clear<GAP>(shared);
+    clear_gaps<SeenD>(shared + SEEN_D_AT);
+    clear_gaps<SeenV>(shared + SEEN_V_AT);
   }
   all_are_prepared();
 }
@@ -185,10 +179,10 @@ __device__ __forceinline__ void produce(unsigned shared, const Barriers& barrier
           const int y = s * BAND - SHIFT + r, at = stage.slot * BAND + r, kinds = OWN_KEYS ? 3 : 2;
           if (y < 0 || y >= run.length[0]) continue;
           if (r * kinds % PRODUCERS == warp)
-            copy_seen_d.copy<COLUMNS>(shared + SEEN_D_AT + at * SeenD::PITCH, seen_d, from.seen_d.layout, y,
+            copy_seen_d.copy<SeenD::COPIED>(shared + SEEN_D_AT + at * SeenD::PITCH, seen_d, from.seen_d.layout, y,
                                       run.origin(), length);
           if ((r * kinds + 1) % PRODUCERS == warp)
-            copy_seen_v.copy<COLUMNS>(shared + SEEN_V_AT + at * SeenV::PITCH, seen_v, from.seen_v.layout, y,
+            copy_seen_v.copy<SeenV::COPIED>(shared + SEEN_V_AT + at * SeenV::PITCH, seen_v, from.seen_v.layout, y,
                                       run.origin(), length);
           if (OWN_KEYS && (r * kinds + 2) % PRODUCERS == warp)
             copy_scalars(shared + SCALARS_AT + at * SCALARS_ROW, from.scalars, sizes, run, first_head, y, lane);

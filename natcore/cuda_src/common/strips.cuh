@@ -24,8 +24,8 @@
 // map are the s-th stage, so that what most bands see starts where a stage starts. Own tokens have a ring of OWN_RING
 // bands. A token has two vectors: of HEAD_DIM elements (d: q or k) and of HEAD_DIM_V (v: v or dO; queries of the
 // forward have none; those of the backward also have o, of HEAD_DIM_V). A strip of several is PADDED with zeros where
-// it leaves the map; the row of a strip as wide as the map holds COLUMNS, all of it, and what lies beyond are whatever
-// finite numbers. The mask removes both.
+// it leaves the map; the row of a strip as wide as the map holds COLUMNS, all of it, and where blocks leave these there
+// is a GAP of zeros between rows. The mask removes both: what it removes has a weight of 0, and 0 times NaN is NaN.
 //
 // Near a border windows are clamped: fewer blocks hold what a group of queries sees, more of them what a group of keys
 // does. So a tile is of one of four kinds, by which each of its groups takes other blocks.
@@ -105,14 +105,21 @@ static_assert(BLOCKS * BLOCK_COLUMNS <= 16 && blocks_of(AT_START) * BLOCK_COLUMN
 
 // ---- shared memory, in bytes ----
 
+constexpr int MOST_STEPS = D_STEPS > V_STEPS ? D_STEPS : V_STEPS;
+constexpr int GAP = (MARGIN * HEADS * MOST_STEPS * 32 + 127) / 128 * 128;  // of zeros, before and after each seen row
+
 // The chunks of 16 bytes of a row of seen tokens are permuted by the map's row, within each 128 bytes, so that 8 rows
 // of a column miss each other's banks wherever in the ring they lie; rows whose blocks do not start at 128 bytes are an
 // odd number of chunks apart instead. Chunks of own tokens are permuted such that a group's 8 miss each other's.
 template <int STEPS>  // of 16 elements of a head
 struct SeenRows {
-  static constexpr int TOKEN = HEADS * STEPS * 32, BYTES = COLUMNS * TOKEN, BLOCK = BLOCK_COLUMNS * TOKEN;
+  static constexpr int TOKEN = HEADS * STEPS * 32, BLOCK = BLOCK_COLUMNS * TOKEN;
   static constexpr bool PERMUTED = BLOCK % 128 == 0;
-  static constexpr int PITCH = PERMUTED ? (BYTES + 127) / 128 * 128 : (BYTES / 16 | 1) * 16;
+  // Columns that are copied: before a gap whole blocks, whose chunks mix.
+  static constexpr int COPIED = PERMUTED && MARGIN > 0 ? (COLUMNS - 1) / BLOCK_COLUMNS * BLOCK_COLUMNS + BLOCK_COLUMNS
+                                                       : COLUMNS;
+  static constexpr int BYTES = COPIED * TOKEN;
+  static constexpr int PITCH = PERMUTED ? (BYTES + 127) / 128 * 128 + GAP : ((BYTES + GAP) / 16 | 1) * 16;
   static __device__ __forceinline__ int at(int byte, int row) { return PERMUTED ? byte ^ (row & 7) * 16 : byte; }
 };
 using SeenD = SeenRows<D_STEPS>;
@@ -140,17 +147,14 @@ constexpr int TABLE = (MASKED_ROW + 1) * TABLE_ROW;
 constexpr int COLUMN_DIFFERENCES = 2 * KERNEL_1 - 1, ENTRIES = TABLE_ROWS * COLUMN_DIFFERENCES;  // of rpb
 
 // By which results reach 16-byte stores: rows of a tile, or of one group where there are two results.
-constexpr int OUT_STEPS = PASS == FORWARD ? V_STEPS : PASS == QUERIES || D_STEPS > V_STEPS ? D_STEPS : V_STEPS;
+constexpr int OUT_STEPS = PASS == FORWARD ? V_STEPS : PASS == QUERIES ? D_STEPS : MOST_STEPS;
 constexpr int STAGED = OWN_KEYS ? 1 : GROUPS;  // groups
 using OutRows = Rows<OUT_STEPS * 16>;
 constexpr int OUT_STAGE = STAGED * 8 * OutRows::PITCH;
 
-__device__ constexpr int margin_of(int token) { return (MARGIN * token + 127) / 128 * 128; }
 constexpr int SEEN_ROWS = RING * BAND;
-constexpr int SEEN_D_AT = margin_of(SeenD::TOKEN);
-constexpr int SEEN_D_END = (SEEN_D_AT + SEEN_ROWS * SeenD::PITCH + 127) / 128 * 128 + margin_of(SeenD::TOKEN);
-constexpr int SEEN_V_AT = SEEN_D_END + margin_of(SeenV::TOKEN);
-constexpr int OWN_D_AT = (SEEN_V_AT + SEEN_ROWS * SeenV::PITCH + 127) / 128 * 128 + margin_of(SeenV::TOKEN);
+constexpr int SEEN_D_AT = GAP, SEEN_V_AT = SEEN_D_AT + SEEN_ROWS * SeenD::PITCH;
+constexpr int OWN_D_AT = SEEN_V_AT + SEEN_ROWS * SeenV::PITCH;
 constexpr int OWN_V_AT = OWN_D_AT + OWN_RING * BAND * OwnD::PITCH;
 constexpr int OWN_O_AT = OWN_V_AT + (PASS == FORWARD ? 0 : OWN_RING * BAND * OwnV::PITCH);  // QUERIES
 constexpr int OUT_AT = OWN_O_AT + (PASS == QUERIES ? OWN_RING * BAND * OwnV::PITCH : 0);
