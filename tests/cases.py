@@ -7,8 +7,8 @@ and `check` applies the tolerance rule.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import ceil, prod
 
 import numpy as np
 from hypothesis import strategies as st
@@ -18,6 +18,9 @@ from natcore.problem import Problem, Window
 from natcore.reference_dropout import factors
 
 ATOL = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
+#: What many cases have in common: heads and the bias of the published models, and short heads.
+WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
+PLAIN = {"head_dim": 16, "head_dim_v": 16}
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,11 @@ def random_case(draw: st.DrawFn, max_tokens: int = 200) -> Case:
     )
 
 
+def fitting(case: Case) -> Case:
+    """The case with head dimensions rounded up to multiples of 8."""
+    return replace(case, head_dim=ceil(case.head_dim / 8) * 8, head_dim_v=ceil(case.head_dim_v / 8) * 8)
+
+
 def problem_for(case: Case, dtype: str) -> Problem:
     """The problem of a case whose q, k and v are of ``dtype``."""
     rpb = dtype if case.rpb == "same" else case.rpb
@@ -245,3 +253,10 @@ def check_bounds(case: Case, dtype: str, found: Bounds, actual: dict[str, np.nda
         assert np.isfinite(value).all(), f"{case.name} {name}: {np.sum(~np.isfinite(value))} values are not finite"
         error = np.abs(value - exact).max()
         assert error <= bound, f"{case.name} {dtype} {name}: error {error:.3g} > {bound:.3g}"
+
+
+def check_same_bits(first: dict[str, np.ndarray], again: dict[str, np.ndarray]) -> None:
+    """That two runs have the same results, to the bit."""
+    assert again.keys() == first.keys()
+    for name, result in first.items():
+        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8), err_msg=name)

@@ -1,14 +1,42 @@
-"""Arrays on the GPU whose memory lies as strangely as is allowed; whatever nobody wrote is NaN."""
+"""Arrays on the GPU between guards, whose memory may lie as strangely as is allowed; what nobody wrote is NaN."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from natcore.views import Device, View
 from tests.cases import numpy_dtype
-from tests.test_cuda_backend import GUARD, Array
 
 CUDA = Device("cuda", 0)
+GUARD = 256  # bytes before and after every array
+
+
+def view_of(tensor: Any) -> View:
+    """Of a torch tensor on the GPU."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return View(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), dtype, CUDA)
+
+
+@dataclass
+class Array:
+    """Device memory with guards, and a view into it."""
+
+    memory: Any  # torch tensor of bytes, 0xFF (NaN in every float type) wherever nothing was written
+    view: View
+    elements: np.ndarray  # where each element lies, in bytes from the start of memory
+
+    def get(self) -> np.ndarray:
+        """The contents, after checking that the bytes around them were left alone."""
+        data = self.memory.cpu().numpy()
+        size = numpy_dtype(self.view.dtype).itemsize
+        places = self.elements[..., None] + np.arange(size)
+        outside = np.ones(data.size, bool)
+        outside[places] = False
+        assert (data[outside] == 0xFF).all(), "memory around the array was written"
+        return data[places].view(numpy_dtype(self.view.dtype))[..., 0]
 
 
 def scattered(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, values: np.ndarray | None, unit: int):
@@ -31,12 +59,13 @@ def scattered(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, valu
 
 
 def placed(shape: tuple[int, ...], strides: list[int], dtype: str, values: np.ndarray | None, start: int) -> Array:
+    """An array of NaN, or with ``values``, whose first element lies ``start`` bytes from the start of its memory."""
     import torch
 
     size = numpy_dtype(dtype).itemsize
     grid = np.indices(shape, sparse=True)
     elements = start + size * sum((i * s for i, s in zip(grid, strides, strict=True)), np.zeros(shape, np.int64))
-    data = np.full(int(elements.max()) + size + GUARD, 0xFF, np.uint8)
+    data = np.full(int(elements.max(initial=start)) + size + GUARD, 0xFF, np.uint8)
     if values is not None:
         data[elements[..., None] + np.arange(size)] = np.ascontiguousarray(values)[..., None].view(np.uint8)
     memory = torch.from_numpy(data).cuda()

@@ -6,7 +6,7 @@ All memory lies between guards: results and workspace start as NaN, and what is 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -22,8 +22,9 @@ from natcore.device import current, driver, prepare_launch
 from natcore.errors import CudaError
 from natcore.planning import Config, KernelSpec, plan_for
 from natcore.problem import OPERANDS, RESULTS, Call, Direction, call_of, problem_of
-from natcore.views import Device, View, contiguous_strides
+from natcore.views import View, contiguous_strides
 from tests.cases import CASES, Case, check, inputs, numpy_dtype, random_case
+from tests.scattered import CUDA, GUARD, Array, placed, view_of
 
 pytestmark = pytest.mark.gpu
 torch = pytest.importorskip("torch")
@@ -37,30 +38,9 @@ MORE = [
     ),
 ]
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-GUARD = 256  # bytes before and after every array
-CUDA = Device("cuda", 0)
 BY_NAME = {case.name: case for case in CASES}
 #: Of random problems: dtype, head_dim, head_dim_v. With the windows' strips and rpb, about 60 kernels.
 RANDOM_BUILDS = (("float16", 32, 32), ("float32", 24, 8), ("bfloat16", 5, 3))
-
-
-@dataclass
-class Array:
-    """Device memory with guards, and a view into it."""
-
-    memory: Any  # torch tensor of bytes, 0xFF (NaN in every float type) wherever nothing was written
-    view: View
-    elements: np.ndarray  # where each element lies, in bytes from the start of memory
-
-    def get(self) -> np.ndarray:
-        """The contents, after checking that the bytes around them were left alone."""
-        data = self.memory.cpu().numpy()
-        size = numpy_dtype(self.view.dtype).itemsize
-        places = self.elements[..., None] + np.arange(size)
-        outside = np.ones(data.size, bool)
-        outside[places] = False
-        assert (data[outside] == 0xFF).all(), "memory around the array was written"
-        return data[places].view(numpy_dtype(self.view.dtype))[..., 0]
 
 
 def array(shape, dtype: str, values: np.ndarray | None = None, layout: str = "contiguous") -> Array:
@@ -74,14 +54,7 @@ def array(shape, dtype: str, values: np.ndarray | None = None, layout: str = "co
         strides = [2 * s for s in contiguous_strides(wide)[:-1]] + [1]
         start += (shape[1] - 1) * strides[1] * size
         strides[1] = -strides[1]
-    grid = np.indices(shape, sparse=True)
-    elements = start + size * sum((i * s for i, s in zip(grid, strides, strict=True)), np.zeros(shape, np.int64))
-    end = int(elements.max(initial=start)) + size
-    data = np.full(end + GUARD, 0xFF, np.uint8)
-    if values is not None:
-        data[elements[..., None] + np.arange(size)] = np.ascontiguousarray(values)[..., None].view(np.uint8)
-    memory = torch.from_numpy(data).cuda()
-    return Array(memory, View(memory.data_ptr() + start, shape, tuple(strides), dtype, CUDA), elements)
+    return placed(shape, strides, dtype, values, start)
 
 
 def run(direction: Direction, case: Case, arrays: dict[str, Array], config: Config | None, stream: int = 0) -> None:
@@ -314,9 +287,7 @@ def test_more_than_2_31_elements(heads: int, head_dim: int):
     tensors["lse"] = torch.full(shape[:3], float("nan"), device="cuda")
 
     def compute(tensors: dict) -> None:
-        views = {
-            n: View(t.data_ptr(), tuple(t.shape), tuple(t.stride()), str(t.dtype)[6:], CUDA) for n, t in tensors.items()
-        }
+        views = {n: view_of(t) for n, t in tensors.items()}
         problem = problem_of(replace(case, spatial=tensors["q"].shape[1:2]).window, {n: views[n] for n in "qkv"})
         for direction in DIRECTIONS:
             executable = prepare(

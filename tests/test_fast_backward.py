@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import ceil
 from typing import Literal
 
 import pytest
@@ -18,18 +17,18 @@ from hypothesis import strategies as st
 from natcore.backends import prepare
 from natcore.planning import Config, candidates, facts_for_arch, operands, passes, plan_for
 from natcore.planning.listed import contiguous_call
-from natcore.problem import OPERANDS, RESULTS, call_of, problem_of
-from natcore.views import Device, View
-from tests.cases import CASES, Case, check, expected, inputs, problem_for, random_case
+from natcore.problem import OPERANDS, RESULTS, Call, call_of, problem_of
+from tests.cases import CASES, WIDE, Case, check, expected, fitting, inputs, problem_for, random_case
+from tests.scattered import CUDA, view_of
 from tests.test_fast_forward import to_gpu
 
 FACTS = facts_for_arch("sm_90a")
 DTYPES = ("float16", "bfloat16")
 
 
-def fitting(case: Case) -> Case:
-    """The case with head dimensions rounded up to multiples of 8."""
-    return replace(case, head_dim=ceil(case.head_dim / 8) * 8, head_dim_v=ceil(case.head_dim_v / 8) * 8)
+def call_for(case: Case, dtype: str = "float16") -> Call:
+    """The contiguous backward call of a case."""
+    return contiguous_call("backward", problem_for(case, dtype))
 
 
 def able(case: Case) -> bool:
@@ -45,7 +44,6 @@ def of_passes(kernel: str, options: dict[str, int], fit: Callable[[Literal["quer
 
 
 ABLE = [fitting(case) for case in CASES if able(case)]
-WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
 MORE = [
     Case("several_regions", (37, 41), 7, heads=2, heads_kv=2, packed=True, batch=2, **WIDE),
     Case("third_stage", (14, 14), 7, heads=8, heads_kv=8, batch=16, **WIDE),
@@ -68,7 +66,7 @@ def test_planner_prefers_tensor_cores() -> None:
     """Whatever they take, one of the tensor core kernels does; the general ones take the rest."""
     taken = set()
     for case in ABLE + MORE:
-        call = contiguous_call("backward", problem_for(case, "float16"))
+        call = call_for(case)
         preferred = candidates(call, FACTS)[0]
         taken.add(preferred.name)
         assert plan_for(call, FACTS) == preferred.plan(call, FACTS, {}), case.name
@@ -84,7 +82,7 @@ def test_planner_prefers_tensor_cores() -> None:
 def test_workspace_is_small(spatial: tuple[int, int], heads: int) -> None:
     """At most as much as q, and 16 MiB for partial sums."""
     case = Case("stage", spatial, 7, heads=heads, heads_kv=heads, batch=128, **WIDE)
-    call = contiguous_call("backward", problem_for(case, "float16"))
+    call = call_for(case)
     q = 2 * 128 * heads * 32 * spatial[0] * spatial[1]
     for candidate in candidates(call, FACTS):
         if candidate.name != "general":
@@ -111,7 +109,7 @@ class Run:
         tensors["lse"] = torch.from_numpy(forward["lse"]).cuda().float()
         if case.packed:
             tensors |= dict(zip("qkv", torch.stack([tensors[n] for n in "qkv"], -3).unbind(-3), strict=True))
-        problem = problem_of(case.window, {n: self._view(tensors[n]) for n in ("q", "k", "v", "rpb") if n in tensors})
+        problem = problem_of(case.window, {n: view_of(tensors[n]) for n in ("q", "k", "v", "rpb") if n in tensors})
         shapes = {n: problem.shapes[n] for n in RESULTS["backward"] if problem.has(n)}
         self.results = {
             n: torch.full(s, float("nan"), device="cuda", dtype=getattr(torch, problem.dtype_of(n)))
@@ -122,18 +120,13 @@ class Run:
             packed = torch.full((*lead, 3, *tail), float("nan"), device="cuda", dtype=kind)
             self.results |= dict(zip(("dq", "dk", "dv"), packed.unbind(-3), strict=True))
         tensors |= self.results
-        call = call_of("backward", problem, {n: self._view(t) for n, t in tensors.items()})
-        self.executable = prepare(call, Device("cuda", 0), config)
+        call = call_of("backward", problem, {n: view_of(t) for n, t in tensors.items()})
+        self.executable = prepare(call, CUDA, config)
         self.tensors = tensors
         self.pointers = [tensors[n].data_ptr() if n in tensors else 0 for n in OPERANDS["backward"]]
         self.scale = problem.default_scale if case.scale is None else case.scale
         size = max(self.executable.workspace_bytes, 1)
         self.workspace = torch.full((size,), 255, dtype=torch.uint8, device="cuda")
-
-    @staticmethod
-    def _view(t) -> View:
-        dtype = str(t.dtype).removeprefix("torch.")
-        return View(t.data_ptr(), tuple(t.shape), tuple(t.stride()), dtype, Device("cuda", 0))
 
     def __call__(self) -> None:
         import torch
@@ -145,24 +138,25 @@ class Run:
         actual = {n: t.float().cpu().numpy() for n, t in self.results.items()}
         check(self.case, self.dtype, self.arrays, actual, saved_out)
 
-    def repeat(self, times: int) -> None:
-        """Equal results to the bit, run after run."""
+    def repeat(self, times: int, again: Callable[[], None] | None = None) -> None:
+        """Equal results to the bit, run after run (or what does the same ``again``), each over NaN in all that it
+        leaves: results, and what passes leave for later ones."""
         import torch
 
         self()
         first = {n: t.clone() for n, t in self.results.items()}
         for _ in range(times):
-            for t in self.results.values():
-                t.fill_(float("nan"))
-            self()
+            for t in (self.workspace, *self.results.values()):
+                t.fill_(255 if t is self.workspace else float("nan"))
+            (again or self)()
             assert all(torch.equal(t, first[n]) for n, t in self.results.items())
 
 
-def backward(case: Case, dtype: str, config: Config | None, with_d_lse: bool = True) -> None:
+def backward(case: Case, dtype: str, config: Config | None, with_d_lse: bool = True, saved_out: bool = False) -> None:
     """Runs a case under a config, the planner's own if None, and checks it."""
     run = Run(case, dtype, config, with_d_lse)
     run()
-    run.check()
+    run.check(saved_out)
 
 
 @pytest.mark.gpu

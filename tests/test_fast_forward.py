@@ -18,40 +18,25 @@ from natcore.backends import prepare
 from natcore.planning import Config, candidates, facts_for_arch, operands, plan_for, tiled, tiling
 from natcore.problem import OPERANDS, Call, call_of, problem_of
 from natcore.views import Device, View, contiguous_strides
-from tests.cases import CASES, Case, check, inputs, random_case
+from tests.cases import CASES, Case, check, check_same_bits, fitting, inputs, problem_for, random_case
+from tests.scattered import CUDA, view_of
 
 FACTS = facts_for_arch("sm_90a")
 DTYPES = ("float16", "bfloat16", "float32")
 CPU = Device("cpu", 0)
 
 
-def call_for(case: Case, dtype: str) -> Call:
-    """The contiguous forward call of a case, with no memory behind it."""
-    heads = case.heads
-    shapes: dict[str, tuple[int, ...]] = {"q": (case.batch, *case.spatial, heads, case.head_dim)}
-    shapes["k"] = (case.batch, *case.spatial, case.heads_kv, case.head_dim)
-    shapes["v"] = (case.batch, *case.spatial, case.heads_kv, case.head_dim_v)
-    dtypes = dict.fromkeys(shapes, dtype)
-    if case.rpb is not None:
-        shapes["rpb"] = (heads, *case.window.rpb_shape)
-        dtypes["rpb"] = dtype if case.rpb == "same" else "float32"
-    views = {n: View(0, s, contiguous_strides(s), dtypes[n], CPU) for n, s in shapes.items()}
-    problem = problem_of(case.window, views)
-    views |= {
-        n: View(0, problem.shapes[n], contiguous_strides(problem.shapes[n]), problem.dtype_of(n), CPU)
-        for n in ("out", "lse")
-    }
+def call_for(case: Case, dtype: str = "float16") -> Call:
+    """The forward call of a case on contiguous arrays, with no memory behind it."""
+    problem = problem_for(case, dtype)
+    shapes = {n: problem.shapes[n] for n in OPERANDS["forward"] if problem.has(n)}
+    views = {n: View(0, s, contiguous_strides(s), problem.dtype_of(n), CPU) for n, s in shapes.items()}
     return call_of("forward", problem, views)
 
 
 def able(case: Case) -> bool:
     """Whether the kernel takes the case; a head dimension is made a multiple of 8 by `fitting`."""
     return case.extra == 0 and max(case.head_dim, case.head_dim_v) <= operands.MAX_HEAD_DIM
-
-
-def fitting(case: Case) -> Case:
-    """The case with head dimensions rounded up to multiples of 8."""
-    return replace(case, head_dim=ceil(case.head_dim / 8) * 8, head_dim_v=ceil(case.head_dim_v / 8) * 8)
 
 
 ABLE = [fitting(case) for case in CASES if able(case)]
@@ -155,23 +140,33 @@ def run(case: Case, dtype: str, arrays: dict[str, np.ndarray], config: Config | 
     if case.packed:
         q, k, v = torch.stack([tensors[n] for n in "qkv"], -3).unbind(-3)
         tensors |= {"q": q, "k": k, "v": v}
-    device = Device("cuda", 0)
-
-    def view(t) -> View:
-        return View(t.data_ptr(), tuple(t.shape), tuple(t.stride()), str(t.dtype).removeprefix("torch."), device)
-
-    views = {n: view(t) for n, t in tensors.items()}
+    views = {n: view_of(t) for n, t in tensors.items()}
     problem = problem_of(case.window, views)
     for n in ("out", "lse"):
         kind = getattr(torch, problem.dtype_of(n))
         tensors[n] = torch.full(problem.shapes[n], float("nan"), dtype=kind, device="cuda")
-        views[n] = view(tensors[n])
-    executable = prepare(call_of("forward", problem, views), device, config)
+        views[n] = view_of(tensors[n])
+    executable = prepare(call_of("forward", problem, views), CUDA, config)
     scale = problem.default_scale if case.scale is None else case.scale
     pointers = [views[n].ptr if n in views else 0 for n in OPERANDS["forward"]]
     executable(pointers, scale, torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     return {n: to_numpy(tensors[n]) for n in ("out", "lse")}
+
+
+def forward(case: Case, dtype: str, config: Config | None, seed: int = 0) -> None:
+    """Runs a case under a config, the planner's own if None, and checks it."""
+    arrays = inputs(case, dtype, seed)
+    check(case, dtype, arrays, run(case, dtype, arrays, config))
+
+
+def repeat(case: Case, dtype: str, config: Config, times: int) -> None:
+    """Equal results to the bit, run after run."""
+    arrays = inputs(case, dtype)
+    first = run(case, dtype, arrays, config)
+    assert all(np.isfinite(result).all() for result in first.values())
+    for _ in range(times):
+        check_same_bits(first, run(case, dtype, arrays, config))
 
 
 def geometry(tile: tuple[int, int, int], region: tuple[int, int, int], **more: int) -> Config:
@@ -193,8 +188,7 @@ CONFIGS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ABLE + MORE, ids=lambda case: case.name)
 def test_cases(case: Case, dtype: str) -> None:
-    arrays = inputs(case, dtype)
-    check(case, dtype, arrays, run(case, dtype, arrays, Config("tiled")))
+    forward(case, dtype, Config("tiled"))
 
 
 @pytest.mark.gpu
@@ -206,8 +200,7 @@ def test_other_geometries(case: Case, name: str) -> None:
         plan_for(call_for(case, "float16"), FACTS, config)
     except ValueError:
         pytest.skip("the case does not fit the geometry")
-    arrays = inputs(case, "float16", seed=1)
-    check(case, "float16", arrays, run(case, "float16", arrays, config))
+    forward(case, "float16", config, seed=1)
 
 
 @pytest.mark.gpu
@@ -215,16 +208,9 @@ def test_other_geometries(case: Case, name: str) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(random_case(), st.sampled_from(DTYPES))
 def test_random(case: Case, dtype: str) -> None:
-    case = fitting(replace(case, extra=0))
-    arrays = inputs(case, dtype, seed=2)
-    check(case, dtype, arrays, run(case, dtype, arrays, None))
+    forward(fitting(replace(case, extra=0)), dtype, None, seed=2)
 
 
 @pytest.mark.gpu
 def test_repeats_are_bitwise_equal() -> None:
-    case = MORE[0]
-    arrays = inputs(case, "float16")
-    first = run(case, "float16", arrays, Config("tiled"))
-    for _ in range(20):
-        again = run(case, "float16", arrays, Config("tiled"))
-        assert all((first[n] == again[n]).all() for n in first)
+    repeat(MORE[0], "float16", Config("tiled"), 20)

@@ -22,10 +22,9 @@ from natcore.device import device_count, facts
 from natcore.planning import CANDIDATES, Candidate, Config, KernelSpec, candidates, facts_for_arch, plan_for
 from natcore.planning.listed import contiguous_call
 from natcore.problem import OPERANDS, RESULTS, Call, Direction, Problem, call_of
-from natcore.views import Device
-from tests.cases import Case, check, inputs
-from tests.scattered import broadcast, packed, scattered
-from tests.test_cuda_backend import Array, run
+from tests.cases import Case, check, inputs, problem_for
+from tests.scattered import CUDA, Array, broadcast, packed, scattered
+from tests.test_cuda_backend import run
 
 PROBLEMS = 2000
 KERNELS = 95
@@ -124,7 +123,7 @@ def specialise(build: Build) -> Specialised:
 
 def _specialised(build: Build, common: tuple[int, ...], drawn: list[tuple[int, ...]]) -> Specialised | None:
     heads = build.planned_for[1]
-    typical = _problem(build, build.case(common, batch=build.planned_for[0], heads=heads, heads_kv=heads))
+    typical = problem_for(build.case(common, batch=build.planned_for[0], heads=heads, heads_kv=heads), build.dtype)
     calls = {d: contiguous_call(d, typical) for d in DIRECTIONS}
     takers = {d: _taker(build, call) for d, call in calls.items()}
     geometries = [g for d, call in calls.items() for g in chosen_cut(call, device_facts(), takers[d])]
@@ -143,14 +142,6 @@ def _taker(build: Build, call: Call) -> Candidate:
     """One of the tensor core kernels that can take the call: builds take turns."""
     able = [candidate for candidate in candidates(call, device_facts()) if candidate.name != "general"]
     return able[BUILDS.index(build) % len(able)]
-
-
-def _problem(build: Build, case: Case) -> Problem:
-    rpb = build.dtype if case.rpb == "same" else case.rpb
-    return Problem(
-        case.window, case.batch, case.spatial, case.heads, case.heads_kv, case.head_dim, case.head_dim_v, 0,
-        build.dtype, rpb,
-    )  # fmt: skip
 
 
 def _kernels(call: Call, config: Config) -> frozenset[KernelSpec] | None:
@@ -188,7 +179,7 @@ def arrays_of(build: Build, case: Case, host: dict[str, np.ndarray], rng: np.ran
     device = {n: scattered(rng, x.shape, x.dtype.name, x, units[n]) for n, x in host.items()}
     if case.packed:
         device |= packed({n: host[n] for n in "qkv"}, rng)
-    problem = _problem(build, case)
+    problem = problem_for(case, build.dtype)
     for name in (*RESULTS["forward"], *RESULTS["backward"]):
         if problem.has(name):
             device[name] = scattered(rng, problem.shapes[name], problem.dtype_of(name), None, units[name])
@@ -198,7 +189,7 @@ def arrays_of(build: Build, case: Case, host: dict[str, np.ndarray], rng: np.ran
 def judge(build: Build, special: Specialised, rng: np.random.Generator, number: int) -> bool:
     """One random problem; False where it is not for these kernels (not all of them take grouped heads)."""
     case = draw_case(build, special.maps, rng)
-    served = [d for d in DIRECTIONS if special.serve(contiguous_call(d, _problem(build, case)))]
+    served = [d for d in DIRECTIONS if special.serve(contiguous_call(d, problem_for(case, build.dtype)))]
     if "forward" not in served or (case.heads == case.heads_kv and "backward" not in served):
         return False
     host = inputs(case, build.dtype, seed=number)
@@ -224,7 +215,7 @@ def _config_for(direction: Direction, build: Build, case: Case, arrays: dict[str
     """The config, which is made for contiguous arrays, without what it says of heads where these lie apart and the
     kernel takes one at a time."""
     views = {n: a.view for n, a in arrays.items() if n in OPERANDS[direction]}
-    if _kernels(call_of(direction, _problem(build, case), views), config) is not None:
+    if _kernels(call_of(direction, problem_for(case, build.dtype), views), config) is not None:
         return config
     return Config(config.kernel, tuple(option for option in config.options if option[0] != "heads"))
 
@@ -243,7 +234,7 @@ def test_the_builds_need_every_fast_kernel() -> None:
     """Needs no GPU, and counts: the kernels of all builds, each at its largest map."""
     every: set[KernelSpec] = set()
     for build in BUILDS:
-        problem = _problem(build, build.case(tuple(high for _, high in build.spatial), batch=2))
+        problem = problem_for(build.case(tuple(high for _, high in build.spatial), batch=2), build.dtype)
         for call in (contiguous_call(direction, problem) for direction in DIRECTIONS):
             every |= _kernels(call, Config(_taker(build, call).name)) or set()
     assert len(every) <= KERNELS and len({build.name for build in BUILDS}) == len(BUILDS)
@@ -286,7 +277,7 @@ def test_1000_repeats_are_bitwise_equal(build: Build, heads: int, batch: int) ->
     import torch
 
     case = build.case(tuple(low for low, _ in build.spatial), heads=heads, heads_kv=heads, batch=batch)
-    problem, device = _problem(build, case), Device("cuda", 0)
+    problem = problem_for(case, build.dtype)
     names = list(dict.fromkeys((*OPERANDS["forward"], *OPERANDS["backward"])))
     kinds = {n: getattr(torch, problem.dtype_of(n)) for n in names if problem.has(n)}
     torch.manual_seed(0)
@@ -294,7 +285,7 @@ def test_1000_repeats_are_bitwise_equal(build: Build, heads: int, batch: int) ->
     results = {n: arrays[n] for d in DIRECTIONS for n in RESULTS[d] if n in arrays}
     runs = []
     for direction in DIRECTIONS:
-        executable = prepare(contiguous_call(direction, problem), device, spelled_out_for(direction, problem))
+        executable = prepare(contiguous_call(direction, problem), CUDA, spelled_out_for(direction, problem))
         workspace = torch.empty(executable.workspace_bytes + 1, dtype=torch.uint8, device="cuda")
         runs.append((executable, [arrays[n].data_ptr() if n in arrays else 0 for n in OPERANDS[direction]], workspace))
     stream, first = torch.cuda.current_stream().cuda_stream, {}

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from natcore.planning import Config, facts_for_arch, plan_for
-from natcore.problem import OPERANDS, RESULTS, Direction, call_of, problem_of
+from natcore.planning import facts_for_arch
+from natcore.problem import OPERANDS, RESULTS, Direction, problem_of
 from natcore.reference import neighborhood
-from natcore.views import Device, View
 from tests import host
 from tests.cases import CASES, Case, check, inputs, numpy_dtype, random_case
+from tests.host.cases import plan_of, poisoned, spread, view
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -31,44 +31,20 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_kernels")
 
 
-def view(x: np.ndarray) -> View:
-    return View(x.ctypes.data, x.shape, tuple(s // x.itemsize for s in x.strides), x.dtype.name, Device("cpu"))
-
-
-def plan_of(direction: Direction, case: Case, arrays: dict[str, np.ndarray], config: Config = host.CONFIG):
-    """The problem, call and plan on these arrays; absent operands have no entry."""
-    views = {name: view(x) for name, x in arrays.items() if name in OPERANDS[direction]}
-    call = call_of(direction, problem_of(case.window, views), views)
-    return plan_for(call, FACTS, config)
-
-
 def run(direction: Direction, case: Case, arrays: dict[str, np.ndarray], folder: Path) -> None:
     """Runs a plan; results are arrays among the operands. The workspace starts as NaN."""
-    plan = plan_of(direction, case, arrays)
+    plan = plan_of(direction, case, arrays, host.CONFIG, FACTS)
     workspace = host.aligned_bytes(plan.workspace_bytes)
     pointers = [arrays[n].ctypes.data if n in arrays else 0 for n in OPERANDS[direction]]
     scale = case.its_scale
     host.run(plan, pointers, scale, workspace.ctypes.data, folder)
 
 
-def poisoned(shape: tuple[int, ...], dtype: np.dtype, strided: bool) -> np.ndarray:
-    """NaN everywhere; with ``strided``, a view with gaps on every axis but the last, which runs backwards on one."""
-    if not strided or 0 in shape:
-        return np.full(shape, np.nan, dtype)
-    wide = np.full((*(2 * n + 1 for n in shape[:-1]), shape[-1] + 8), np.nan, dtype)
-    step = tuple(slice(1, 1 + 2 * n, 2) for n in shape[:-1])
-    x = wide[(*step, slice(0, shape[-1]))]
-    return np.flip(x, axis=1)
-
-
 def everything(case: Case, dtype: str, folder: Path, strided: bool = False) -> None:
     """Forward and backward of a case against the reference."""
     arrays = inputs(case, dtype)
     if strided:
-        for name in list(arrays):
-            spread = poisoned(arrays[name].shape, arrays[name].dtype, True)
-            spread[...] = arrays[name]
-            arrays[name] = spread
+        arrays = {name: spread(x) for name, x in arrays.items()}
     problem = problem_of(case.window, {n: view(arrays[n]) for n in arrays if not n.startswith("d_")})
     results = {
         name: poisoned(problem.shapes[name], numpy_dtype(problem.dtype_of(name)), strided)
@@ -97,7 +73,7 @@ def compiled(folder: Path) -> Path:
                 for n in OPERANDS[direction]
                 if n not in arrays and problem.has(n)
             }
-            specs |= {launch.kernel for launch in plan_of(direction, case, full).launches}
+            specs |= {launch.kernel for launch in plan_of(direction, case, full, host.CONFIG, FACTS).launches}
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda spec: host.kernel(spec, folder), specs))
     return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -14,32 +13,18 @@ from natcore.unfused import unfused_problem_of
 from natcore.views import Device, View
 from tests import host
 from tests.cases import CASES, DROPOUT_CASES, Case, check, inputs, numpy_dtype, random_case
+from tests.host.cases import Arrays, poisoned, spread, view
+from tests.test_general_kernels import WIDE_TABLE
 from tests.unfused import DIRECTIONS, unfused_check, unfused_inputs
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
 FACTS = facts_for_arch("sm_90a")
-WIDE_TABLE = Case("wide_table", (45,), 20, rpb="float32")
 BY_NAME = {case.name: case for case in CASES}
-
-Arrays = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_unfused")
-
-
-def view(x: np.ndarray) -> View:
-    return View(x.ctypes.data, x.shape, tuple(s // x.itemsize for s in x.strides), x.dtype.name, Device("cpu"))
-
-
-def spread(x: np.ndarray) -> np.ndarray:
-    """The same numbers with gaps full of NaN on every axis but the last, which run backwards on one."""
-    wide = np.full((*(2 * n + 1 for n in x.shape[:-1]), x.shape[-1] + 8), np.nan, x.dtype)
-    step = tuple(slice(1, 1 + 2 * n, 2) for n in x.shape[:-1])
-    strided = np.flip(wide[(*step, slice(0, x.shape[-1]))], axis=1)
-    strided[...] = x
-    return strided
 
 
 def run(direction: Direction, case: Case, arrays: Arrays, folder: Path, strided: bool = False) -> Arrays:
@@ -52,11 +37,10 @@ def run(direction: Direction, case: Case, arrays: Arrays, folder: Path, strided:
         else problem_of(case.window, inputs, case.dropout_p)
     )
     results = {
-        n: np.full(problem.shapes[n], np.nan, numpy_dtype(problem.dtype_of(n)))
+        n: poisoned(problem.shapes[n], numpy_dtype(problem.dtype_of(n)), strided)
         for n in RESULTS[direction]
         if problem.has(n)
     }
-    results = {n: spread(x) for n, x in results.items()} if strided else results
     given = [(arrays | results).get(n) for n in OPERANDS[direction]]
     views = {n: None if x is None else view(x) for n, x in zip(OPERANDS[direction], given, strict=True)}
     plan = plan_for(call_of(direction, problem, views), FACTS, host.CONFIG)

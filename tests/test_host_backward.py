@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from natcore.planning import DeviceFacts, Plan, plan_for
-from natcore.problem import OPERANDS, RESULTS, call_of, problem_of
+from natcore.planning import DeviceFacts, Plan
 from tests import host
-from tests.cases import Case, check, expected, inputs, numpy_dtype
-from tests.test_general_kernels import poisoned, view
-from tests.test_host_marching import FACTS, FEW, IMAGES, OLDER, aligned, leaves_rows
+from tests.cases import Case, check_same_bits
+from tests.host import cases
+from tests.host.cases import Arrays
+from tests.test_host_marching import FACTS, FEW, IMAGES, OLDER, leaves_rows
 from tests.test_marching_backward import CASES, OPTIONS, configured
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
@@ -42,34 +42,15 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_backward")
 
 
-Arrays = dict[str, np.ndarray]
+prepared = partial(cases.prepared, "backward")
 
 
-def prepared(case: Case, dtype: str, absent: tuple[str, ...] = ()) -> tuple[Arrays, Arrays]:
-    """Operands of the backward but those ``absent``, and its results, all NaN."""
-    arrays = {n: x if case.packed and n in "qkv" else aligned(x) for n, x in inputs(case, dtype).items()}
-    if "d_lse" in absent:
-        arrays["d_lse"][...] = 0
-    forward = expected(case, arrays)
-    arrays |= {"out": aligned(forward["out"].astype(numpy_dtype(dtype)))}
-    arrays |= {"lse": aligned(forward["lse"].astype(np.float32))}
-    problem = problem_of(case.window, {n: view(arrays[n]) for n in ("q", "k", "v", "rpb") if n in arrays})
-    wanted = [n for n in RESULTS["backward"] if problem.has(n) and n not in absent]
-    kinds = {n: (problem.shapes[n], numpy_dtype(problem.dtype_of(n))) for n in wanted}
-    return arrays, {n: aligned(poisoned(*kind, False)) for n, kind in kinds.items()}
+def planned(case: Case, arrays: Arrays, options: dict[str, int], facts: DeviceFacts) -> Plan:
+    return cases.plan_of("backward", case, arrays, configured(case, options, facts), facts)
 
 
-def planned(
-    case: Case, arrays: Arrays, options: dict[str, int], facts: DeviceFacts, absent: tuple[str, ...] = ()
-) -> Plan:
-    views = {n: view(arrays[n]) for n in OPERANDS["backward"] if n in arrays and n not in absent}
-    call = call_of("backward", problem_of(case.window, views), views)
-    return plan_for(call, facts, configured(case, options, facts))
-
-
-def execute(case: Case, plan: Plan, arrays: Arrays, folder: Path, absent: tuple[str, ...] = (), **how) -> None:
-    present = {n: x for n, x in arrays.items() if n not in absent}
-    host.run_on(plan, "backward", present, case.its_scale, folder, **how)
+def execute(case: Case, plan: Plan, arrays: Arrays, folder: Path, **how) -> None:
+    host.run_on(plan, "backward", arrays, case.its_scale, folder, **how)
 
 
 def judge(
@@ -78,16 +59,11 @@ def judge(
     folder: Path,
     options: dict[str, int] | None = None,
     facts: DeviceFacts = FACTS,
-    absent: tuple[str, ...] = (),
-    change: Callable[[Plan], Plan] = lambda plan: plan,
     **how,
 ) -> Arrays:
-    """Runs a case, checks it and returns its results; ``how`` is for `run_blocks`."""
-    arrays, results = prepared(case, dtype, absent)
-    plan = change(planned(case, arrays | results, options or {}, facts, absent))
-    execute(case, plan, arrays | results, folder, absent, **how)
-    check(case, dtype, arrays, results, saved_out=True)
-    return results
+    """See `run_and_check`."""
+    config = configured(case, options or {}, facts)
+    return cases.run_and_check("backward", case, dtype, folder, config, facts, saved_out=True, **how)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(case.name for case in OWN)])
@@ -116,8 +92,7 @@ def test_other_shares(batch: int, folder: Path) -> None:
 def test_any_order(order: int, folder: Path) -> None:
     """Whichever thread is first and whenever copies land, the results are the same to the bit."""
     first, again = judge(BLOCK, "float16", folder), judge(BLOCK, "float16", folder, order=order)
-    for name, result in first.items():
-        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+    check_same_bits(first, again)
 
 
 def test_older_architecture(folder: Path) -> None:
@@ -228,20 +203,6 @@ def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
         judge(case, "float16", folder, options, order=order, sources=sources)
 
 
-def doctored(of: int, **defines: int | str) -> Callable[[Plan], Plan]:
-    """Launch ``of`` of a plan with other defines."""
-
-    def change(plan: Plan) -> Plan:
-        launch = plan.launches[of]
-        others = dict(launch.kernel.defines) | {name: str(value) for name, value in defines.items()}
-        kernel = replace(launch.kernel, defines=tuple(sorted(others.items())))
-        launches = [*plan.launches]
-        launches[of] = replace(launch, kernel=kernel, shared_bytes=max(launch.shared_bytes, 200 << 10))
-        return replace(plan, launches=tuple(launches))
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("of", "name", "less", "error"),
     [
@@ -256,7 +217,7 @@ def test_short_plans_are_noticed(of: int, name: str, less: int, error: str, fold
 
     def change(plan: Plan) -> Plan:
         *others, last = dict(plan.launches[of].kernel.defines)[name].split(",")
-        return doctored(of, **{name: ",".join([*others, str(int(last) - less)])})(plan)
+        return cases.doctored(of, **{name: ",".join([*others, str(int(last) - less)])})(plan)
 
     options = {"ring": 5} if name == "RING" else None
     with pytest.raises((host.BlockError, AssertionError), match=error):
@@ -264,9 +225,5 @@ def test_short_plans_are_noticed(of: int, name: str, less: int, error: str, fold
 
 
 def test_too_little_shared_memory_is_noticed(folder: Path) -> None:
-    def change(plan: Plan) -> Plan:
-        queries, keys = plan.launches
-        return replace(plan, launches=(queries, replace(keys, shared_bytes=keys.shared_bytes - 16)))
-
     with pytest.raises(host.BlockError, match="bytes of shared memory"):
-        judge(BLOCK, "float16", folder, change=change)
+        judge(BLOCK, "float16", folder, change=cases.less_memory(1))

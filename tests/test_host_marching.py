@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from natcore.planning import Config, DeviceFacts, Plan, facts_for_arch, plan_for
-from natcore.problem import OPERANDS, call_of, problem_of
+from natcore.planning import DeviceFacts, Plan, facts_for_arch
 from tests import host
-from tests.cases import Case, check, inputs, numpy_dtype
-from tests.test_general_kernels import poisoned, view
-from tests.test_marching_forward import CASES, OPTIONS
+from tests.cases import Case, check, check_same_bits
+from tests.host import cases
+from tests.host.cases import Arrays
+from tests.test_marching_forward import CASES, OPTIONS, configured
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
 FACTS = replace(facts_for_arch("sm_90a"), multiprocessors=2)  # few blocks, which march far
@@ -48,39 +49,20 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_blocks")
 
 
-def aligned(x: np.ndarray) -> np.ndarray:
-    """A copy that 16-byte loads take."""
-    copy = host.aligned_bytes(x.nbytes).view(x.dtype).reshape(x.shape)
-    copy[...] = x
-    return copy
+prepared = partial(cases.prepared, "forward")
 
 
-def prepared(case: Case, dtype: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Operands of the forward, and its results, all NaN."""
-    # Parts of one packed array, as they are; its rows are whole 16-byte chunks.
-    arrays = {n: x if case.packed and n in "qkv" else aligned(x) for n, x in inputs(case, dtype).items()}
-    problem = problem_of(case.window, {n: view(arrays[n]) for n in ("q", "k", "v", "rpb") if n in arrays})
-    shapes = {n: (problem.shapes[n], numpy_dtype(problem.dtype_of(n))) for n in ("out", "lse")}
-    return arrays, {n: aligned(poisoned(*kind, False)) for n, kind in shapes.items()}
+def planned(case: Case, arrays: Arrays, options: dict[str, int] | None = None, facts: DeviceFacts = FACTS) -> Plan:
+    return cases.plan_of("forward", case, arrays, configured(options or {}), facts)
 
 
-def planned(
-    case: Case, arrays: dict[str, np.ndarray], options: dict[str, int] | None = None, facts: DeviceFacts = FACTS
-) -> Plan:
-    views = {n: view(arrays[n]) for n in OPERANDS["forward"] if n in arrays}
-    call = call_of("forward", problem_of(case.window, views), views)
-    return plan_for(call, facts, Config("marching", tuple((options or {}).items())))
-
-
-def execute(case: Case, plan: Plan, arrays: dict[str, np.ndarray], folder: Path, **how) -> None:
+def execute(case: Case, plan: Plan, arrays: Arrays, folder: Path, **how) -> None:
     host.run_on(plan, "forward", arrays, case.its_scale, folder, **how)
 
 
-def judge(case: Case, dtype: str, folder: Path, options: dict[str, int] | None = None, **how) -> None:
-    """Runs a case and checks it; ``how`` is for `run_blocks`."""
-    arrays, results = prepared(case, dtype)
-    execute(case, planned(case, arrays | results, options), arrays | results, folder, **how)
-    check(case, dtype, arrays, results)
+def judge(case: Case, dtype: str, folder: Path, options: dict[str, int] | None = None, **how) -> Arrays:
+    """See `run_and_check`."""
+    return cases.run_and_check("forward", case, dtype, folder, configured(options or {}), FACTS, **how)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *(case.name for case in OWN)])
@@ -96,16 +78,7 @@ def test_other_geometries(name: str, options: str, folder: Path) -> None:
 @pytest.mark.parametrize("order", [host.Order.EAGER, 2, 3, 4])
 def test_any_order(order: int, folder: Path) -> None:
     """Whichever thread is first and whenever copies land, the results are the same to the bit."""
-    arrays, results = prepared(BLOCK, "float16")
-    everything = arrays | results
-    plan = planned(BLOCK, everything)
-    execute(BLOCK, plan, everything, folder)
-    first = {n: x.copy() for n, x in results.items()}
-    for x in results.values():
-        x[...] = np.nan
-    execute(BLOCK, plan, everything, folder, order=order)
-    for name, x in results.items():
-        np.testing.assert_array_equal(x, first[name])
+    check_same_bits(judge(BLOCK, "float16", folder), judge(BLOCK, "float16", folder, order=order))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -210,13 +183,8 @@ def test_defects_are_noticed(defect: str, folder: Path, tmp_path: Path) -> None:
 
 def test_short_memory_is_noticed(folder: Path) -> None:
     """A ring too short for a band's rows, and fewer bytes than the kernel takes."""
-    arrays, results = prepared(BLOCK, "float16")
-    plan = planned(BLOCK, arrays | results, OPTIONS["two rows a band"])
-    (launch,) = plan.launches
-    defines = dict(launch.kernel.defines) | {"RING": "3"}
-    short = replace(launch, kernel=replace(launch.kernel, defines=tuple(sorted(defines.items()))))
+    options = OPTIONS["two rows a band"]
     with pytest.raises(host.BlockError, match="deadlock"):
-        execute(BLOCK, replace(plan, launches=(short,)), arrays | results, folder)
+        judge(BLOCK, "float16", folder, options, change=cases.doctored(0, RING=3))
     with pytest.raises(host.BlockError, match="bytes of shared memory"):
-        less = replace(launch, shared_bytes=launch.shared_bytes - 16)
-        execute(BLOCK, replace(plan, launches=(less,)), arrays | results, folder)
+        judge(BLOCK, "float16", folder, options, change=cases.less_memory(0))

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from natcore.planning import Config, DeviceFacts, Plan, plan_for
-from natcore.problem import OPERANDS, call_of, problem_of
+from natcore.planning import Config, DeviceFacts
 from tests import host
-from tests.cases import Case, check
-from tests.test_general_kernels import view
-from tests.test_host_backward import Arrays, execute, prepared
+from tests.cases import Case, check_same_bits
+from tests.host.cases import Arrays, run_and_check
 from tests.test_host_marching import FACTS, OLDER
 from tests.test_resident import ABLE, BY_NAME, OPTIONS
 
@@ -27,28 +24,17 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_resident")
 
 
-def planned(case: Case, arrays: Arrays, options: dict[str, int], facts: DeviceFacts) -> Plan:
-    views = {n: view(arrays[n]) for n in OPERANDS["backward"] if n in arrays}
-    call = call_of("backward", problem_of(case.window, views), views)
-    return plan_for(call, facts, Config("resident", tuple(options.items())))
-
-
 def judge(
     case: Case,
     dtype: str,
     folder: Path,
     options: dict[str, int] | None = None,
     facts: DeviceFacts = FACTS,
-    absent: tuple[str, ...] = (),
     **how,
 ) -> Arrays:
-    """Runs a case, checks it and returns its results; ``how`` is for `run_blocks`."""
-    arrays, results = prepared(case, dtype, absent)
-    present = {n: x for n, x in (arrays | results).items() if n not in absent}
-    plan = planned(case, present, options or {}, facts)
-    execute(case, plan, present, folder, **how)
-    check(case, dtype, arrays, results, saved_out=True)
-    return results
+    """See `run_and_check`."""
+    config = Config("resident", tuple((options or {}).items()))
+    return run_and_check("backward", case, dtype, folder, config, facts, saved_out=True, **how)
 
 
 @pytest.mark.parametrize("case", ABLE, ids=lambda case: case.name)
@@ -77,8 +63,7 @@ def test_what_may_be_absent(absent: tuple[str, ...], folder: Path) -> None:
 def test_any_order(order: int, folder: Path) -> None:
     """Whichever thread is first and whenever copies land, the results are the same to the bit."""
     first, again = judge(STAGE, "float16", folder), judge(STAGE, "float16", folder, order=order)
-    for name, result in first.items():
-        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+    check_same_bits(first, again)
 
 
 def test_older_architecture(folder: Path) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from natcore.planning import Config, DeviceFacts, plan_for
-from natcore.problem import OPERANDS, call_of, problem_of
+from natcore.planning import Config, DeviceFacts
 from tests import host
-from tests.cases import Case, check
-from tests.test_general_kernels import view
-from tests.test_host_marching import FACTS, OLDER, execute, prepared
+from tests.cases import Case, check_same_bits
+from tests.host.cases import Arrays, run_and_check
+from tests.test_host_marching import FACTS, OLDER
 from tests.test_resident_forward import ABLE, BY_NAME, OPTIONS
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
@@ -33,19 +31,11 @@ def judge(
     folder: Path,
     options: dict[str, int] | None = None,
     facts: DeviceFacts = FACTS,
-    absent: tuple[str, ...] = (),
     **how,
-) -> dict[str, np.ndarray]:
-    """Runs a case, checks it and returns its results; ``how`` is for `run_blocks`."""
-    arrays, results = prepared(case, dtype)
-    present = {n: x for n, x in (arrays | results).items() if n not in absent}
-    views = {n: view(present[n]) for n in OPERANDS["forward"] if n in present}
-    call = call_of("forward", problem_of(case.window, views), views)
-    plan = plan_for(call, facts, Config("resident_forward", tuple((options or {}).items())))
-    execute(case, plan, present, folder, **how)
-    found = {n: x for n, x in results.items() if n not in absent}
-    check(case, dtype, arrays, found)
-    return found
+) -> Arrays:
+    """See `run_and_check`."""
+    config = Config("resident_forward", tuple((options or {}).items()))
+    return run_and_check("forward", case, dtype, folder, config, facts, **how)
 
 
 @pytest.mark.parametrize("case", ABLE, ids=lambda case: case.name)
@@ -87,8 +77,7 @@ def test_any_order(name: str, order: int, folder: Path) -> None:
     """Whichever thread is first and whenever copies land, the results are the same to the bit."""
     case = replace(BY_NAME[name], batch=6)
     first, again = judge(case, "float16", folder, facts=ONE), judge(case, "float16", folder, facts=ONE, order=order)
-    for name, result in first.items():
-        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+    check_same_bits(first, again)
 
 
 def test_older_architecture(folder: Path) -> None:

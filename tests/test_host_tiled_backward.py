@@ -5,21 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from natcore.planning import Config, DeviceFacts, plan_for, refusal, tiled_backward
-from natcore.planning.listed import contiguous_call
-from natcore.problem import OPERANDS, call_of, problem_of
+from natcore.planning import Config, DeviceFacts, refusal, tiled_backward
 from tests import host
-from tests.cases import CASES, Case, check
-from tests.test_fast_backward import fitting, problem_for
-from tests.test_general_kernels import view
-from tests.test_host_backward import Arrays, execute, prepared
+from tests.cases import CASES, PLAIN, Case, check_same_bits, fitting
+from tests.host.cases import Arrays, run_and_check
+from tests.test_fast_backward import call_for
 from tests.test_host_marching import FACTS, OLDER
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
-PLAIN = {"head_dim": 16, "head_dim_v": 16}
 OWN = [
     Case("map", (13, 22), 5, heads=2, heads_kv=2, batch=2, rpb="float32", **PLAIN),
     Case("line", (90,), 13, rpb="float32", batch=2, **PLAIN),
@@ -40,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def able(case: Case) -> bool:
-    return refusal(tiled_backward.CANDIDATE, contiguous_call("backward", problem_for(case, "float16")), FACTS) is None
+    return refusal(tiled_backward.CANDIDATE, call_for(case), FACTS) is None
 
 
 def judge(
@@ -49,18 +44,11 @@ def judge(
     folder: Path,
     options: dict[str, int] | None = None,
     facts: DeviceFacts = FEW,
-    absent: tuple[str, ...] = (),
     **how,
 ) -> Arrays:
-    """Runs a case, checks it and returns its results; ``how`` is for `run_blocks`."""
-    arrays, results = prepared(case, dtype, absent)
-    present = {n: x for n, x in (arrays | results).items() if n not in absent}
-    views = {n: view(present[n]) for n in OPERANDS["backward"] if n in present}
-    call = call_of("backward", problem_of(case.window, views), views)
-    plan = plan_for(call, facts, Config("tiled_backward", tuple((options or {}).items())))
-    execute(case, plan, arrays | results, folder, absent, **how)
-    check(case, dtype, arrays, results, saved_out=True)
-    return results
+    """See `run_and_check`."""
+    config = Config("tiled_backward", tuple((options or {}).items()))
+    return run_and_check("backward", case, dtype, folder, config, facts, saved_out=True, **how)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -101,8 +89,7 @@ def test_what_may_be_absent(absent: tuple[str, ...], folder: Path) -> None:
 def test_any_order(order: int, folder: Path) -> None:
     """Whichever thread is first and whenever copies land, the results are the same to the bit."""
     first, again = judge(MAP, "float16", folder), judge(MAP, "float16", folder, order=order)
-    for name, result in first.items():
-        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+    check_same_bits(first, again)
 
 
 def test_older_architecture(folder: Path) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from natcore.planning import Config, DeviceFacts, plan_for
-from natcore.problem import call_of, problem_of
+from natcore.planning import Config, DeviceFacts
 from tests import host
-from tests.cases import Case, check, inputs, numpy_dtype
+from tests.cases import Case, check_same_bits
+from tests.host.cases import Arrays, run_and_check
 from tests.test_fast_forward import ABLE, CONFIGS
-from tests.test_general_kernels import poisoned, view
-from tests.test_host_marching import FACTS, OLDER, aligned
+from tests.test_host_marching import FACTS, OLDER
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
 DTYPES = ("float16", "float32")
@@ -31,18 +29,9 @@ def folder(tmp_path_factory) -> Path:
 
 def judge(
     case: Case, dtype: str, folder: Path, config: Config | None = None, facts: DeviceFacts = FACTS, **how
-) -> dict[str, np.ndarray]:
-    """Runs a case, checks it and returns out and lse; ``how`` is for `run_blocks`."""
-    arrays = {n: x if case.packed and n in "qkv" else aligned(x) for n, x in inputs(case, dtype).items()}
-    views = {n: view(arrays[n]) for n in ("q", "k", "v", "rpb") if n in arrays}
-    problem = problem_of(case.window, views)
-    kinds = {n: (problem.shapes[n], numpy_dtype(problem.dtype_of(n))) for n in ("out", "lse")}
-    results = {n: aligned(poisoned(*kind, False)) for n, kind in kinds.items()}
-    views |= {n: view(x) for n, x in results.items()}
-    plan = plan_for(call_of("forward", problem, views), facts, config or Config("tiled"))
-    host.run_on(plan, "forward", arrays | results, case.its_scale, folder, **how)
-    check(case, dtype, arrays, results)
-    return results
+) -> Arrays:
+    """See `run_and_check`."""
+    return run_and_check("forward", case, dtype, folder, config or Config("tiled"), facts, **how)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,8 +51,7 @@ def test_other_geometries(name: str, dtype: str, folder: Path) -> None:
 def test_any_order(order: int, dtype: str, folder: Path) -> None:
     """Whichever thread is first and whenever copies land, the results are the same to the bit."""
     first, again = (judge(MAP, dtype, folder, CONFIGS["rounds"], order=o) for o in (host.Order.LATE, order))
-    for name, result in first.items():
-        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+    check_same_bits(first, again)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

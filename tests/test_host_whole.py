@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from natcore.planning import Config, DeviceFacts, Plan, plan_for
-from natcore.problem import OPERANDS, Direction, call_of, problem_of
-from tests import host, test_host_backward, test_host_marching
-from tests.cases import Case, check
-from tests.test_general_kernels import view
+from natcore.planning import Config, DeviceFacts
+from natcore.problem import Direction
+from tests import host
+from tests.cases import Case, check_same_bits
+from tests.host.cases import Arrays, run_and_check
 from tests.test_host_marching import FACTS, OLDER
 from tests.test_whole_maps import BY_NAME, DIRECTIONS, OPTIONS, able
 
@@ -26,15 +25,6 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_whole")
 
 
-Arrays = dict[str, np.ndarray]
-
-
-def planned(direction: Direction, case: Case, arrays: Arrays, options: dict[str, int], facts: DeviceFacts) -> Plan:
-    views = {n: view(arrays[n]) for n in OPERANDS[direction] if n in arrays}
-    call = call_of(direction, problem_of(case.window, views), views)
-    return plan_for(call, facts, Config("whole", tuple(options.items())))
-
-
 def judge(
     direction: Direction,
     case: Case,
@@ -42,19 +32,10 @@ def judge(
     folder: Path,
     options: dict[str, int] | None = None,
     facts: DeviceFacts = FACTS,
-    absent: tuple[str, ...] = (),
     **how,
 ) -> Arrays:
-    """Runs a case, checks it and returns its results; ``how`` is for `run_blocks`."""
-    backward = direction == "backward"
-    arrays, results = (
-        test_host_backward.prepared(case, dtype, absent) if backward else test_host_marching.prepared(case, dtype)
-    )
-    present = {n: x for n, x in (arrays | results).items() if n not in absent}
-    plan = planned(direction, case, present, options or {}, facts)
-    host.run_on(plan, direction, present, case.its_scale, folder, **how)
-    check(case, dtype, arrays, results)
-    return results
+    """See `run_and_check`."""
+    return run_and_check(direction, case, dtype, folder, Config("whole", tuple((options or {}).items())), facts, **how)
 
 
 CASES = [(direction, name) for direction in DIRECTIONS for name, case in BY_NAME.items() if able(direction, case)]
@@ -95,8 +76,7 @@ def test_what_may_be_absent(absent: tuple[str, ...], folder: Path) -> None:
 def test_any_order(direction: Direction, order: int, folder: Path) -> None:
     """Whichever thread is first and whenever copies land, the results are the same to the bit."""
     first, again = judge(direction, STAGE, "float16", folder), judge(direction, STAGE, "float16", folder, order=order)
-    for name, result in first.items():
-        np.testing.assert_array_equal(again[name].view(np.uint8), result.view(np.uint8))
+    check_same_bits(first, again)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

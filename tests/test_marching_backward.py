@@ -16,18 +16,14 @@ import pytest
 
 from natcore.planning import Config, marching, plan_for, refusal
 from natcore.planning.axis import intervals
-from natcore.planning.listed import contiguous_call
 from natcore.planning.marching_cost import choose_geometry
 from natcore.planning.marching_geometry import Geometry, Pass
 from natcore.planning.plan import DeviceFacts
-from natcore.problem import Call
 from tests import host, test_fast_forward, test_marching_forward
-from tests.cases import Case
-from tests.test_fast_backward import ABLE, DTYPES, FACTS, MORE, Run, fitting, of_passes, problem_for
+from tests.cases import PLAIN, WIDE, Case, fitting, problem_for
+from tests.test_fast_backward import ABLE, DTYPES, FACTS, MORE, Run, backward, call_for, of_passes
 
 PASSES: tuple[Pass, ...] = ("queries", "keys")
-WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
-PLAIN = {"head_dim": 16, "head_dim_v": 16}
 OWN = [
     Case("several_strips", (12, 70), 7, heads=2, heads_kv=2, batch=2, packed=True, **WIDE),
     Case("many_strips", (9, 200), 7, **WIDE),
@@ -53,10 +49,6 @@ OWN = [
 ]
 UNEVEN = [case for case in OWN if case.name in ("last_strip_moves_back", "ragged_groups", "causal_rows_strides")]
 LARGE = [case for case in test_fast_forward.LARGE if case.rank == 2]
-
-
-def call_for(case: Case, dtype: str = "float16") -> Call:
-    return contiguous_call("backward", problem_for(case, dtype))
 
 
 def able(case: Case) -> bool:
@@ -300,30 +292,24 @@ def test_workspace_is_small() -> None:
 # ---- on a GPU ----
 
 
-def run_and_check(case: Case, dtype: str, config: Config, with_d_lse: bool = True) -> None:
-    run = Run(case, dtype, config, with_d_lse)
-    run()
-    run.check(saved_out=True)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases(case: Case, dtype: str) -> None:
-    run_and_check(case, dtype, Config("marching"))
+    backward(case, dtype, Config("marching"), saved_out=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [c for c in CASES if c.head_dim == c.head_dim_v][::3], ids=lambda case: case.name)
 def test_otherwise_packed_and_without_d_lse(case: Case) -> None:
     """Separate operands where `test_cases` has packed ones, and the other way round."""
-    run_and_check(replace(case, packed=not case.packed), "float16", Config("marching"), with_d_lse=False)
+    backward(replace(case, packed=not case.packed), "float16", Config("marching"), with_d_lse=False, saved_out=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "name"), PAIRS[::3], ids=lambda value: getattr(value, "name", value))
 def test_other_geometries(case: Case, name: str) -> None:
-    run_and_check(case, "bfloat16", configured(case, OPTIONS[name]))
+    backward(case, "bfloat16", configured(case, OPTIONS[name]), saved_out=True)
 
 
 @pytest.mark.gpu
@@ -345,15 +331,10 @@ def test_later_passes_wait_for_earlier_ones(extent: int, kernel: str, captured: 
     run = Run(case, "float16", Config(kernel))
     run()
     run.check()
-    first = {n: t.clone() for n, t in run.results.items()}
-    work = run
+    again = None
     if captured:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        work = graph.replay
-    for _ in range(100):
-        for t in (run.workspace, *run.results.values()):
-            t.fill_(255 if t is run.workspace else float("nan"))
-        work()
-        assert all(torch.equal(t, first[n]) for n, t in run.results.items())
+        again = graph.replay
+    run.repeat(100, again)

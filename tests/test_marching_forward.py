@@ -14,11 +14,10 @@ from natcore.planning import Config, marching, plan_for, refusal
 from natcore.planning.marching_cost import choose_geometry
 from natcore.planning.marching_geometry import Geometry
 from natcore.planning.plan import Launch
-from tests.cases import Case, check, inputs
+from tests.cases import WIDE, Case, fitting
 from tests.test_fast_backward import DTYPES
-from tests.test_fast_forward import ABLE, FACTS, LARGE, MORE, call_for, fitting, run
+from tests.test_fast_forward import ABLE, FACTS, LARGE, MORE, call_for, forward
 
-WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
 OWN = [
     Case("ragged_dilation", (37, 50), (3, 4), dilation=(5, 3), rpb="float32", head_dim=8, head_dim_v=8),
     Case("dilated", (40, 41), 7, dilation=2, heads=2, heads_kv=2, batch=3, **WIDE),
@@ -149,12 +148,10 @@ def test_blocks_take_whole_strips_where_they_can() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases(case: Case, dtype: str) -> None:
-    arrays = inputs(case, dtype)
-    check(case, dtype, arrays, run(case, dtype, arrays, Config("marching")))
+    forward(case, dtype, Config("marching"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "name"), PAIRS, ids=lambda value: getattr(value, "name", value))
 def test_other_geometries(case: Case, name: str) -> None:
-    arrays = inputs(case, "float16", seed=1)
-    check(case, "float16", arrays, run(case, "float16", arrays, configured(OPTIONS[name])))
+    forward(case, "float16", configured(OPTIONS[name]), seed=1)

@@ -16,38 +16,18 @@ from hypothesis import strategies as st
 from natcore.planning import Config, candidates, plan_for, refusal, resident_forward
 from natcore.planning.listed import contiguous_call
 from natcore.planning.resident_forward import choose_geometry
-from natcore.planning.resident_geometry import BAND, BLOCK_ROWS
-from natcore.problem import Call, Problem, Window
-from tests import test_fast_forward
-from tests.cases import CASES, Case, check, inputs, random_case
-from tests.test_fast_backward import DTYPES, FACTS, fitting, problem_for
+from natcore.problem import Window
+from tests import test_resident
+from tests.cases import CASES, WIDE, Case, fitting, problem_for, random_case
+from tests.test_fast_backward import DTYPES, FACTS
+from tests.test_fast_forward import call_for, forward, repeat
+from tests.test_resident import NAT, check_bands
 
-WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
-PLAIN = {"head_dim": 16, "head_dim_v": 24}
 OWN = [
-    Case("stage", (14, 14), 7, batch=3, heads=2, heads_kv=2, **WIDE),
-    Case("packed", (14, 14), 7, batch=3, heads=2, heads_kv=2, packed=True, **WIDE),
-    Case("rounds", (14, 14), 7, batch=85, heads=8, heads_kv=8, **WIDE),
-    Case("odd_extents", (13, 15), 7, batch=2, **WIDE),
-    Case("full_block", (16, 16), 7, heads=2, heads_kv=2, rpb="same", **PLAIN),
-    Case("kernel_is_extent", (7, 7), 7, batch=2, **WIDE),
+    *(case for case in test_resident.OWN if case.name != "wide_kernel"),  # of more than 12 columns of keys
     Case("wide_kernel", (12, 12), (7, 12), batch=2, **WIDE),
-    Case("even_kernel", (12, 10), (6, 4), rpb="same", **PLAIN),
-    Case("kernel_3", (14, 14), 3, batch=2, **WIDE),
-    Case("ragged_groups", (29, 31), 7, dilation=(3, 2), heads=2, heads_kv=2, **WIDE),
-    Case("dilated", (28, 28), 7, dilation=2, batch=2, **WIDE),
-    Case("causal_strides", (11, 13), (6, 5), stride=(2, 3), is_causal=(True, False), batch=2, **WIDE),
-    Case("causal_columns", (16, 9), 5, is_causal=(False, True), rpb="float32", **PLAIN),
-    Case("one_row", (1, 16), (1, 9), rpb="float32", **PLAIN),
-    Case("one_column", (16, 1), (7, 1), rpb="float32", **PLAIN),
-    Case("no_bias", (14, 14), 7, batch=2, head_dim=32, head_dim_v=32),
     Case("grouped", (14, 14), 7, heads=4, heads_kv=2, batch=2, **WIDE),
-    Case("unequal_head_dims", (10, 11), 5, head_dim=8, head_dim_v=32, rpb="float32"),
     Case("shorter_values", (9, 14), 5, head_dim=24, head_dim_v=8, rpb="float32"),
-    Case("outliers", (14, 14), 7, outliers=True, batch=2, **WIDE),
-    Case("scale_zero", (14, 14), 7, scale=0.0, **WIDE),
-    Case("scale_negative", (14, 14), 7, scale=-0.7, **WIDE),
-    Case("scale_tiny", (14, 14), 5, scale=1e-6, **WIDE),
 ]
 BY_NAME = {case.name: case for case in OWN}
 EVERY = [*OWN, *(fitting(case) for case in CASES if case.name not in BY_NAME)]
@@ -61,16 +41,11 @@ OPTIONS: dict[str, dict[str, int]] = {
 }
 
 
-def call_for(case: Case, dtype: str = "float16") -> Call:
-    return contiguous_call("forward", problem_for(case, dtype))
-
-
 def able(case: Case) -> bool:
     return case.batch > 0 and refusal(resident_forward.CANDIDATE, call_for(case), FACTS) is None
 
 
 ABLE = [case for case in EVERY if able(case)]
-NAT = Problem(Window.of(2, 7), 128, (14, 14), 8, 8, 32, 32, 0, "float16", "float32")
 
 
 def test_cases_are_many() -> None:
@@ -94,10 +69,7 @@ def test_half_bands_hold_all_that_is_seen(case: Case) -> None:
         for query in range(length):
             first = min(columns.keys(query // width * width, length)[0], stored - g.seen)
             assert 0 <= first <= columns.keys(query, length)[0] and columns.keys(query, length)[1] <= first + g.seen
-    for length in rows.lengths:
-        for query in range(length):
-            band = rows.keys(query // BAND * BAND, length)[0]
-            assert band <= rows.keys(query, length)[0] and rows.keys(query, length)[1] <= band + BLOCK_ROWS
+    check_bands(rows)
 
 
 @pytest.mark.parametrize(("batch", "heads"), [*product([1, 7, 128, 1000], [1, 8, 150])])
@@ -126,12 +98,8 @@ def test_planner_prefers_it() -> None:
 
 
 REFUSED = [
-    (Case("wide_map", (14, 17), 7, **WIDE), "more than 16 rows or columns"),
-    (Case("tall_kernel", (14, 14), (9, 7), **WIDE), "more than 8 rows of keys"),
+    *((case, reason) for case, reason in test_resident.REFUSED if case.name != "grouped"),
     (Case("wide_kernel", (14, 16), (7, 11), **WIDE), "more than 12 columns of keys"),
-    (Case("long_rows", (14, 14), 7, head_dim=40, head_dim_v=32), "leaves no room"),
-    (Case("extra", (14, 14), 7, extra=1, **WIDE), "additional keys"),
-    (Case("line", (16,), 7, **WIDE), "1-D windows"),
 ]
 
 
@@ -150,18 +118,11 @@ def test_options_that_do_not_fit(options: dict[str, int]) -> None:
 # ---- on a GPU ----
 
 
-def forward(case: Case, dtype: str, options: dict[str, int] | None = None) -> None:
-    """Runs and checks; results lie poisoned before."""
-    arrays = inputs(case, dtype)
-    config = Config("resident_forward", tuple((options or {}).items()))
-    check(case, dtype, arrays, test_fast_forward.run(case, dtype, arrays, config))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ABLE, ids=lambda case: case.name)
 def test_forward(case: Case, dtype: str) -> None:
-    forward(case, dtype)
+    forward(case, dtype, Config("resident_forward"))
 
 
 @pytest.mark.gpu
@@ -169,7 +130,7 @@ def test_forward(case: Case, dtype: str) -> None:
 def test_other_launches(name: str) -> None:
     for case in ABLE:
         if choose_geometry(problem_for(case, "float16"), FACTS, OPTIONS[name]) is not None:
-            forward(replace(case, batch=500), "float16", OPTIONS[name])
+            forward(replace(case, batch=500), "float16", Config("resident_forward", tuple(OPTIONS[name].items())))
 
 
 @pytest.mark.gpu
@@ -179,15 +140,11 @@ def test_other_launches(name: str) -> None:
     case=random_case(256).map(lambda case: fitting(replace(case, extra=0))).filter(able), dtype=st.sampled_from(DTYPES)
 )
 def test_random_problems(case: Case, dtype: str) -> None:
-    forward(case, dtype)
+    forward(case, dtype, Config("resident_forward"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["rounds", "ragged_groups", "full_block"])
 def test_repeats_are_bitwise_equal(name: str) -> None:
     case = replace(BY_NAME[name], batch=max(BY_NAME[name].batch, 85))
-    arrays = inputs(case, "bfloat16")
-    first = test_fast_forward.run(case, "bfloat16", arrays, Config("resident_forward"))
-    for _ in range(50):
-        again = test_fast_forward.run(case, "bfloat16", arrays, Config("resident_forward"))
-        assert all((first[n] == again[n]).all() for n in first)
+    repeat(case, "bfloat16", Config("resident_forward"), 50)

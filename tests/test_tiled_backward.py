@@ -16,19 +16,15 @@ import pytest
 
 from natcore.planning import Config, plan_for, refusal, tiled_backward
 from natcore.planning.axis import Axis, intervals
-from natcore.planning.listed import contiguous_call
 from natcore.planning.plan import DeviceFacts
 from natcore.planning.tiled_backward_cost import choose_geometry
 from natcore.planning.tiled_backward_geometry import PASSES, Geometry, Pass
 from natcore.planning.tiling import first_query
-from natcore.problem import Call
 from tests import host, test_marching_backward
 from tests.cases import CASES as EVERY
-from tests.cases import Case
-from tests.test_fast_backward import DTYPES, FACTS, MORE, Run, fitting, of_passes, problem_for
+from tests.cases import PLAIN, WIDE, Case, fitting, problem_for
+from tests.test_fast_backward import DTYPES, FACTS, MORE, Run, backward, call_for, of_passes
 
-WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
-PLAIN = {"head_dim": 16, "head_dim_v": 16}
 OWN = [
     Case("video_7", (5, 17, 18), (3, 7, 7), head_dim=64, head_dim_v=64, rpb="float32", batch=2),
     Case("video_cube", (6, 13, 12), 5, heads=2, heads_kv=2, head_dim=64, head_dim_v=64, rpb="same"),
@@ -46,10 +42,6 @@ OWN = [
     Case("long_head_dims", (16, 17), 9, head_dim=128, head_dim_v=128, rpb="float32"),
     Case("packed", (20, 25), (3, 13), heads=2, heads_kv=2, packed=True, batch=2, **WIDE),
 ]
-
-
-def call_for(case: Case, dtype: str = "float16") -> Call:
-    return contiguous_call("backward", problem_for(case, dtype))
 
 
 def able(case: Case, dtype: str = "float16") -> bool:
@@ -250,19 +242,13 @@ def test_workspace_is_small() -> None:
 # ---- on a GPU ----
 
 
-def run_and_check(case: Case, dtype: str, config: Config, with_d_lse: bool = True) -> None:
-    run = Run(case, dtype, config, with_d_lse)
-    run()
-    run.check(saved_out=True)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*DTYPES, "float32"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_cases(case: Case, dtype: str) -> None:
     if not able(case, dtype):
         pytest.skip("the case does not fit the dtype")
-    run_and_check(case, dtype, Config("tiled_backward"))
+    backward(case, dtype, Config("tiled_backward"), saved_out=True)
 
 
 @pytest.mark.gpu
@@ -273,13 +259,15 @@ def test_cases(case: Case, dtype: str) -> None:
 )
 def test_otherwise_packed_and_without_d_lse(case: Case) -> None:
     """Separate operands where `test_cases` has packed ones, and the other way round."""
-    run_and_check(replace(case, packed=not case.packed), "float16", Config("tiled_backward"), with_d_lse=False)
+    backward(
+        replace(case, packed=not case.packed), "float16", Config("tiled_backward"), with_d_lse=False, saved_out=True
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("case", "name"), PAIRS[::7], ids=lambda value: getattr(value, "name", value))
 def test_other_geometries(case: Case, name: str) -> None:
-    run_and_check(case, "bfloat16", configured(case, OPTIONS[name]))
+    backward(case, "bfloat16", configured(case, OPTIONS[name]), saved_out=True)
 
 
 @pytest.mark.gpu

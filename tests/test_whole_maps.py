@@ -9,7 +9,6 @@ from dataclasses import replace
 from itertools import product
 from math import ceil, prod
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -18,13 +17,11 @@ from natcore.planning import Config, candidates, plan_for, refusal, whole
 from natcore.planning.listed import contiguous_call
 from natcore.planning.whole_geometry import MAX_TILES, axes_of, choose_geometry, tile_for, tiles_of
 from natcore.problem import Call, Direction, Problem, Window
-from tests import test_fast_forward
-from tests.cases import CASES, Case, check, inputs, random_case
-from tests.test_fast_backward import DTYPES, FACTS, Run, backward, fitting, problem_for
+from tests.cases import CASES, PLAIN, WIDE, Case, fitting, problem_for, random_case
+from tests.test_fast_backward import DTYPES, FACTS, Run, backward
+from tests.test_fast_forward import forward, repeat
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-WIDE = {"head_dim": 32, "head_dim_v": 32, "rpb": "float32"}
-PLAIN = {"head_dim": 16, "head_dim_v": 16}
 OWN = [
     Case("stage", (7, 7), 7, batch=5, heads=2, heads_kv=2, **WIDE),
     Case("packed", (7, 7), 7, batch=3, heads=4, heads_kv=4, packed=True, **WIDE),
@@ -194,14 +191,6 @@ def test_workspace_is_small() -> None:
 # ---- on a GPU ----
 
 
-def forward(case: Case, dtype: str, config: Config, seed: int = 0) -> dict[str, np.ndarray]:
-    """Runs and checks; results lie poisoned before."""
-    arrays = inputs(case, dtype, seed)
-    results = test_fast_forward.run(case, dtype, arrays, config)
-    check(case, dtype, arrays, results)
-    return results
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", FORWARD, ids=lambda case: case.name)
@@ -258,9 +247,4 @@ def test_bitwise_equal_over_1000_runs(name: str) -> None:
 
 @pytest.mark.gpu
 def test_forward_repeats_are_bitwise_equal() -> None:
-    case = BY_NAME["rounds"]
-    arrays = inputs(case, "float16")
-    first = test_fast_forward.run(case, "float16", arrays, Config("whole"))
-    for _ in range(50):
-        again = test_fast_forward.run(case, "float16", arrays, Config("whole"))
-        assert all((first[n] == again[n]).all() for n in first)
+    repeat(BY_NAME["rounds"], "float16", Config("whole"), 50)
