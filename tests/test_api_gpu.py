@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 
 import natcore
-from tests.cases import CASES, Case, check, inputs
-from tests.test_api import run, to_kind, to_numpy
+from tests.cases import Case, check, inputs
+from tests.test_api import SOME, run, to_kind, to_numpy
 
 pytestmark = pytest.mark.gpu
-SOME = [
-    c for c in CASES if c.name in ("nat_packed", "gqa", "mqa", "causal_mix", "video", "empty_batch", "single_token")
-]
 
 
 def on_gpu(library: str, x: np.ndarray):

@@ -15,7 +15,7 @@ from natcore.problem import GRADIENTS
 from tests.cases import CASES, check, inputs
 from tests.family import OF_EVERY_LAYOUT
 from tests.jax.test_functional import CASE, _packed, function, operands, results
-from tests.jax.test_programs import SAFE, python
+from tests.jax.test_programs import python, run_exported
 
 pytestmark = pytest.mark.gpu
 SOME = ["nat_block", "gqa", "mqa", "causal_mix", "video", "additional_keys", "empty_batch"]
@@ -152,29 +152,8 @@ def test_a_hit_in_the_persistent_cache_runs_in_a_fresh_process(tmp_path, flags):
     assert second == first
 
 
-_EXPORTED = """
-import sys, numpy as np, jax, jax.export, jax_nat
-with open(sys.argv[1], "rb") as file:
-    exported = jax.export.deserialize(file.read())
-with np.load(sys.argv[2]) as arrays:
-    np.save(sys.argv[3], exported.call(arrays["q"], arrays["rpb"]))
-assert jax.devices()[0].platform == "gpu"
-"""
-
-
 def test_an_exported_program_runs_in_a_fresh_process(tmp_path):
-    pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
-    rng = np.random.default_rng(0)
-    q, rpb = (rng.standard_normal(s).astype(np.float32) for s in ((2, 9, 9, 2, 8), (2, 5, 5)))
-
-    def f(q, rpb):
-        return jax_nat.na2d(q, q, q, 3, rpb=rpb, scale=0.3)
-
-    exported = jax.export.export(jax.jit(f), platforms=["cpu", "cuda"], disabled_checks=SAFE)(q, rpb)
-    (tmp_path / "program").write_bytes(exported.serialize())
-    np.savez(tmp_path / "arrays.npz", q=q, rpb=rpb)
-    python(_EXPORTED, tmp_path / "program", tmp_path / "arrays.npz", tmp_path / "out.npy")
-    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), f(q, rpb))
+    run_exported(tmp_path, "assert jax.devices()[0].platform == 'gpu'", platforms=["cpu", "cuda"])
 
 
 def test_the_execute_stage_is_native():

@@ -53,7 +53,7 @@ def test_a_hit_in_the_persistent_cache_runs_in_a_fresh_process(tmp_path):
 
 
 _EXPORTED = """
-import sys, numpy as np, jax.export, jax_nat
+import sys, numpy as np, jax, jax.export, jax_nat
 with open(sys.argv[1], "rb") as file:
     exported = jax.export.deserialize(file.read())
 with np.load(sys.argv[2]) as arrays:
@@ -61,7 +61,8 @@ with np.load(sys.argv[2]) as arrays:
 """
 
 
-def test_an_exported_program_runs_in_a_fresh_process(tmp_path):
+def run_exported(tmp_path: Path, checks: str = "", **how) -> None:
+    """Exports a program, says ``how`` to jax.export, and runs it with ``checks`` in a fresh process."""
     pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
     rng = np.random.default_rng(0)
     q, rpb = (rng.standard_normal(s).astype(np.float32) for s in ((2, 9, 9, 2, 8), (2, 5, 5)))
@@ -69,11 +70,15 @@ def test_an_exported_program_runs_in_a_fresh_process(tmp_path):
     def f(q, rpb):
         return jax_nat.na2d(q, q, q, 3, rpb=rpb, scale=0.3)
 
-    exported = jax.export.export(jax.jit(f), disabled_checks=SAFE)(q, rpb)
+    exported = jax.export.export(jax.jit(f), **how, disabled_checks=SAFE)(q, rpb)
     (tmp_path / "program").write_bytes(exported.serialize())
     np.savez(tmp_path / "arrays.npz", q=q, rpb=rpb)
-    python(_EXPORTED, tmp_path / "program", tmp_path / "arrays.npz", tmp_path / "out.npy")
+    python(_EXPORTED + checks, tmp_path / "program", tmp_path / "arrays.npz", tmp_path / "out.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), f(q, rpb))
+
+
+def test_an_exported_program_runs_in_a_fresh_process(tmp_path):
+    run_exported(tmp_path)
 
 
 def test_a_program_for_cuda_is_made_without_a_gpu():

@@ -9,10 +9,9 @@ import pytest
 from flax import nnx
 
 import jax_nat
-from tests.cases import CASES, DROPOUT_CASES, Case, check, inputs
+from tests.cases import DROPOUT_CASES, SOME, Case, check, inputs
 from tests.unfused import unfused_check, unfused_inputs
 
-SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
 DIFFERENTIABLE = ("q", "k", "v", "weights", "rpb", "additional_keys", "additional_values")
 
 

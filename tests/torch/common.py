@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import torch_nat
+from natcore.models import NATConfig
 from tests.cases import Case
 
 FUNCTIONS = {1: torch_nat.na1d, 2: torch_nat.na2d, 3: torch_nat.na3d}
@@ -49,6 +52,22 @@ def captured(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+class Looking(TorchFunctionMode):
+    """Does nothing but look on, which sends a call through the dispatcher."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def randomized(config: NATConfig) -> torch_nat.NAT:
+    """Every parameter drawn, so that none hides behind its initial 0 or 1."""
+    torch.manual_seed(0)
+    model = torch_nat.NAT(config).double().eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    return model
 
 
 def gradient_name(name: str) -> str:

@@ -16,6 +16,7 @@ import torch_nat
 from natcore.checkpoints import parameter_shapes
 from natcore.models import MODELS, NATConfig
 from tests.family import ISOTROPIC, ROWS, SWIN, VIT, published_shapes
+from tests.torch.common import randomized
 
 
 def test_rows():
@@ -132,15 +133,6 @@ class ByHand:
 
     def logits(self, x: Tensor) -> Tensor:
         return self.linear("head", self.norm("norm", self.maps(x)[-1]).flatten(1, 2).mean(1))
-
-
-def randomized(config: NATConfig) -> torch_nat.NAT:
-    """Every parameter drawn, so that none hides behind its initial 0 or 1."""
-    torch.manual_seed(0)
-    model = torch_nat.NAT(config).double().eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
 
 
 def draw(*shape: int) -> Tensor:

@@ -6,22 +6,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from torch.overrides import TorchFunctionMode
 
 import torch_nat
-from tests.cases import CASES, Case, check, expected, inputs, random_case
-from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, run, tensors_of, to_numpy, to_torch
+from tests.cases import CASES, SOME, Case, check, expected, inputs, random_case
+from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, Looking, run, tensors_of, to_numpy, to_torch
 from torch_nat import eager, launch, ops
 
-SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
 BY_NAME = {case.name: case for case in CASES}
-
-
-class Looking(TorchFunctionMode):
-    """Does nothing but look on, which sends a call through the dispatcher."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

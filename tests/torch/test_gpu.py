@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import torch_nat
-from tests.cases import CASES, Case, check, inputs
+from tests.cases import CASES, SOME, Case, check, inputs
 from tests.family import OF_EVERY_LAYOUT
 from tests.torch.common import OPTIONAL, PACKED, captured, run, tensors_of, to_numpy
 from tests.torch.test_functional import Looking
@@ -19,7 +19,6 @@ from tests.torch.test_transforms import Block
 from torch_nat import ops
 
 pytestmark = pytest.mark.gpu
-SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
 BY_NAME = {case.name: case for case in CASES}
 
 

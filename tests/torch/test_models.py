@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import torch_nat
 from natcore.models import NATConfig
 from tests.family import ROWS
+from tests.torch.common import randomized
 from torch_nat.models import NATBlock
 
 PUBLISHED = {name: row for name, row in ROWS.items() if name.startswith("nat_") and len(row.depths) == 4}
@@ -95,15 +96,6 @@ def by_hand(model: torch_nat.NAT, x: torch.Tensor) -> list[torch.Tensor]:
             x = conv(f"levels.{i}.downsample.reduction", x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             x = norm(f"levels.{i}.downsample.norm", x)
     return maps
-
-
-def randomized(config: NATConfig) -> torch_nat.NAT:
-    """Every parameter drawn, so that none hides behind its initial 0 or 1."""
-    torch.manual_seed(0)
-    model = torch_nat.NAT(config).double().eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.2)
-    return model
 
 
 @pytest.mark.parametrize("side", [(48, 56), (30, 17)], ids=["windows fit", "maps are padded"])

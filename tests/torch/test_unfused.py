@@ -5,17 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 import torch_nat
-from tests.cases import CASES, DROPOUT_CASES, Case, check, inputs
-from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, tensors_of, to_numpy, to_torch
+from tests.cases import CASES, DROPOUT_CASES, SOME, Case, check, inputs
+from tests.torch.common import FUNCTIONS, OPTIONAL, PACKED, Looking, tensors_of, to_numpy, to_torch
 from tests.unfused import unfused_check, unfused_inputs
 from torch_nat import ops
 
 QK = {1: torch_nat.na1d_qk, 2: torch_nat.na2d_qk, 3: torch_nat.na3d_qk}
 AV = {1: torch_nat.na1d_av, 2: torch_nat.na2d_av, 3: torch_nat.na3d_av}
-SOME = [c for c in CASES if c.name in ("nat_packed", "mqa", "gqa", "causal_mix", "video", "empty_batch")]
 BY_NAME = {case.name: case for case in (*CASES, *DROPOUT_CASES)}
 WINDOW = {"stride": (2, 1), "is_causal": (False, True)}
 
@@ -236,13 +234,6 @@ def test_merging_nothing():
 
 
 # Dropout
-
-
-class Looking(TorchFunctionMode):
-    """Does nothing but look on, which sends a call through the dispatcher."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 def with_seed(
