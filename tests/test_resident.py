@@ -107,7 +107,7 @@ def test_planner_prefers_it_on_the_third_stage() -> None:
     assert candidates(contiguous_call("backward", NAT), FACTS)[0].name == "resident"
     assert (
         candidates(contiguous_call("backward", replace(NAT, spatial=(28, 28), heads=4, heads_kv=4)), FACTS)[0].name
-        == "marching"
+        == "rolling"
     )
     assert (
         candidates(contiguous_call("backward", replace(NAT, spatial=(7, 7), heads=16, heads_kv=16)), FACTS)[0].name

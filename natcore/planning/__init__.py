@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import inf
 
-from natcore.planning import general, marching, resident, resident_forward, tiled, tiled_backward, whole
+from natcore.planning import general, marching, resident, resident_forward, rolling, tiled, tiled_backward, whole
 from natcore.planning.plan import (
     Candidate,
     Config,
@@ -56,6 +56,7 @@ CANDIDATES: tuple[Candidate, ...] = (
     marching.CANDIDATE,
     tiled.CANDIDATE,
     tiled_backward.CANDIDATE,
+    rolling.CANDIDATE,
     general.CANDIDATE,
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from functools import partial
-from math import ceil
+from math import ceil, prod
 
 from natcore.planning import listed
 from natcore.planning.operands import alignment, layout_of_two_axes
@@ -38,15 +38,21 @@ _LAUNCH, _PHASE, _UNIT = 25_000, 2_600, 87
 
 
 def launch_of(
-    call: Call, facts: DeviceFacts, g: Maps, slices: int, names: tuple[str, ...], more: tuple[Param, ...] = ()
+    kernel: str,
+    call: Call,
+    facts: DeviceFacts,
+    g: Maps,
+    slices: int,
+    names: tuple[str, ...],
+    more: tuple[Param, ...] = (),
 ) -> Launch:
-    """One of a resident kernel: pointers to its operands ``names``, ``more``, the scale, struct Params."""
+    """One of a kernel of whole maps: pointers to its operands ``names``, ``more``, the scale, struct Params."""
     p, index = call.problem, OPERANDS[call.direction].index
     sizes = struct.pack("=4i", *p.spatial, p.batch, slices)
     params = Constant(sizes + b"".join(layout_of_two_axes(call, name) for name in names))
     operands = (Operand(index(name), alignment(name)) for name in names)
     return Launch(
-        KernelSpec(f"resident_{call.direction}", g.defines, facts.arch),
+        KernelSpec(kernel, g.defines, facts.arch),
         (p.heads, g.map_groups * slices, 1),
         (32 * g.warps, 1, 1),
         g.shared_bytes,
@@ -54,22 +60,27 @@ def launch_of(
     )
 
 
-def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
-    """The plan of a call that `refusal` has passed."""
+def backward_of(kernel: str, call: Call, facts: DeviceFacts, g: Maps, slices: int) -> Plan:
+    """The plan of a backward of whole maps: its launch, and the last sum of drpb."""
     p = call.problem
-    g = choose_geometry(p, facts, options)
-    if g is None:
-        raise ValueError(f"config: the options {dict(options)} need more shared memory than {facts} has, for {p}.")
-    slices = g.slices(facts)
     drpb = call.strides[OPERANDS["backward"].index("drpb")]
     partials: Param = Constant(bytes(8)) if drpb is None else Workspace(0)
-    main = launch_of(call, facts, g, slices, _OPERANDS, (partials,))
+    main = launch_of(kernel, call, facts, g, slices, _OPERANDS, (partials,))
     if drpb is None:
         return Plan((main,), 0)
     head, *axis = drpb
-    tables = slices * g.map_groups
-    last = sum_drpb(p, head, (0, *axis), (1, *p.window.rpb_shape), tables, facts.arch)
-    return Plan((main, last), tables * p.heads * g.entries * 4)
+    tables, shape = slices * g.map_groups, (1, *p.window.rpb_shape)
+    return Plan((main, sum_drpb(p, head, (0, *axis), shape, tables, facts.arch)), tables * p.heads * prod(shape) * 4)
+
+
+def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
+    """The plan of a call that `refusal` has passed."""
+    g = choose_geometry(call.problem, facts, options)
+    if g is None:
+        raise ValueError(
+            f"config: the options {dict(options)} need more shared memory than {facts} has, for {call.problem}."
+        )
+    return backward_of("resident_backward", call, facts, g, g.slices(facts))
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:

@@ -54,7 +54,7 @@ class Geometry(Maps):
     @property
     def defines(self) -> tuple[tuple[str, str], ...]:
         p = self.problem
-        return self.defines_with(SEEN=self.seen, HEADS_PER_KV=p.heads // p.heads_kv, STAGES=self.stages)
+        return self.defines_with(ROWS=self.rows, SEEN=self.seen, HEADS_PER_KV=p.heads // p.heads_kv, STAGES=self.stages)
 
     @property
     def shared_bytes(self) -> int:
@@ -127,7 +127,7 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     g = choose_geometry(p, facts, options)
     if g is None:
         raise ValueError(f"config: no launch with the options {dict(options)} fits {facts}, for {p}.")
-    return Plan((launch_of(call, facts, g, g.slices(facts), _OPERANDS),), 0)
+    return Plan((launch_of("resident_forward", call, facts, g, g.slices(facts), _OPERANDS),), 0)
 
 
 def refusal(call: Call, facts: DeviceFacts) -> str | None:

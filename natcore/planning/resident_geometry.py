@@ -67,8 +67,8 @@ class Maps:
 
     def defines_with(self, **own: object) -> tuple[tuple[str, str], ...]:
         p = self.problem
-        values = {"ELEMENT": p.dtype, "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "ROWS": self.rows}
-        values |= {"COLUMNS": self.columns, "WARPS": self.warps, "BLOCKS_PER_SM": self.blocks_per_sm}
+        values = {"ELEMENT": p.dtype, "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "WARPS": self.warps}
+        values |= {"COLUMNS": self.columns, "BLOCKS_PER_SM": self.blocks_per_sm}
         return defines_of(self.axes, p.rpb_dtype, values | own)
 
 
@@ -104,14 +104,9 @@ class Geometry(Maps):
         return sum(end - first for first, end in self.pairs_of_groups)
 
     @property
-    def entries(self) -> int:
-        """Of a head's bias."""
-        rows, columns = self.axes
-        return (2 * rows.kernel - 1) * (2 * columns.kernel - 1)
-
-    @property
     def defines(self) -> tuple[tuple[str, str], ...]:
         return self.defines_with(
+            ROWS=self.rows,
             SHIFT=self.shift,
             PAIRS=self.pairs,
             FIRST_PAIRS=hex(sum(first << 4 * g for g, (first, _) in enumerate(self.pairs_of_groups))),
@@ -175,10 +170,10 @@ def rows_of_bands(rows: Axis) -> int:
     return most
 
 
-def refusal_of_maps(call: Call, facts: DeviceFacts) -> str | None:
-    """Why no resident kernel can take a call's maps, or None."""
+def refusal_of_tokens(call: Call, facts: DeviceFacts, kernel: str) -> str | None:
+    """Why no kernel of whole maps can take a call's window, tokens and strides, or None."""
     p = call.problem
-    reason = refusal_of_elements(call, facts, "resident")
+    reason = refusal_of_elements(call, facts, kernel)
     if reason is not None:
         return reason
     if p.window.rank != 2:
@@ -187,12 +182,21 @@ def refusal_of_maps(call: Call, facts: DeviceFacts) -> str | None:
         return "additional keys and empty batches are for the general kernel."
     if max(p.head_dim, p.head_dim_v) > MAX_HEAD_DIM:
         return f"head_dim {p.head_dim}, head_dim_v {p.head_dim_v}: beyond {MAX_HEAD_DIM} a map leaves no room."
+    return refusal_of_strides(call, 1 << 24, "the 32 bits of offsets inside a map", first=1)
+
+
+def refusal_of_maps(call: Call, facts: DeviceFacts) -> str | None:
+    """Why no resident kernel can take a call's maps, or None."""
+    p = call.problem
+    reason = refusal_of_tokens(call, facts, "resident")
+    if reason is not None:
+        return reason
     rows, columns = axes_of(p)
     if max(rows.lengths[0], columns.lengths[0]) > MOST:
         return f"map {p.spatial}, dilation {p.window.dilation}: more than {MOST} rows or columns in a dilation group."
     if rows_of_bands(rows) > BLOCK_ROWS:
         return f"kernel_size {p.window.kernel_size}: two rows of queries see more than {BLOCK_ROWS} rows of keys."
-    return refusal_of_strides(call, 1 << 24, "the 32 bits of offsets inside a map", first=1)
+    return None
 
 
 def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int]) -> Iterator[Geometry]:

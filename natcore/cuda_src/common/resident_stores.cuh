@@ -1,7 +1,7 @@
 // How results of a warp reach global memory.
 #pragma once
 
-#include "common/resident_map.cuh"
+#include "common/map_share.cuh"
 
 using TokenRows = Rows<TOKEN / 2>;  // of a stage
 

@@ -1,0 +1,73 @@
+"""Plans for the backward of maps that a block marches down in one pass (cuda_src/kernels/rolling_backward.cu).
+
+How tokens are grouped is compiled in (see `rolling_geometry`), with the window, the columns of a dilation group and the
+head dimensions; rows, batch, heads and strides are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import ceil
+
+from natcore.planning import listed
+from natcore.planning.partials import SUM_DRPB
+from natcore.planning.plan import Candidate, DeviceFacts, KernelInfo, Plan
+from natcore.planning.resident import backward_of
+from natcore.planning.resident_geometry import refusal_of_tokens
+from natcore.planning.rolling_geometry import AHEAD, choose_geometry, refusal_of_window
+from natcore.problem import Call
+
+OPTIONS = ("ahead", "blocks_per_sm")
+#: Clocks of both launches and the first rows' way, of each band of a map on a multiprocessor, and of each unit of it;
+#: and how many times as much a band takes where there is room for fewer bands on their way. Fitted to 14 measured times
+#: on an H200, with errors of at most 10 %.
+_LAUNCH, _BAND, _UNIT, _CLOSE = 24_800, 1_590, 46, 1.17
+
+
+def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
+    """The plan of a call that `refusal` has passed."""
+    g = choose_geometry(call.problem, facts, options)
+    if g is None:
+        raise ValueError(
+            f"config: the options {dict(options)} need more shared memory than {facts} has, for {call.problem}, or"
+            " less than 2 bands ahead."
+        )
+    return backward_of("rolling_backward", call, facts, g, g.slices(facts))
+
+
+def refusal(call: Call, facts: DeviceFacts) -> str | None:
+    """Why the rolling kernel cannot run a call, or None."""
+    p = call.problem
+    reason = refusal_of_tokens(call, facts, "rolling") or refusal_of_window(p)
+    if reason is not None:
+        return reason
+    if p.heads != p.heads_kv:
+        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the tiled one."
+    if choose_geometry(p, facts, {}) is None:
+        return f"map {p.spatial}: {facts} has too little shared memory."
+    return None
+
+
+def clocks(call: Call, facts: DeviceFacts) -> float:
+    """By the cost model: bands and units of the maps of the busiest multiprocessor."""
+    p = call.problem
+    g = choose_geometry(p, facts, {})
+    assert g is not None  # refused
+    slices = g.slices(facts)
+    maps = ceil(p.batch / slices) * ceil(p.heads * g.map_groups * slices / facts.multiprocessors)
+    band = (_BAND + _UNIT * g.split.units) * (_CLOSE if g.ahead < AHEAD[0] else 1)
+    return _LAUNCH + maps * g.bands * g.blocks_per_sm * band
+
+
+_KERNEL = KernelInfo("rolling_backward", ("sm_80+",), max_registers=255, max_shared_bytes=0)
+CANDIDATE = Candidate(
+    "rolling",
+    (_KERNEL, SUM_DRPB),
+    OPTIONS,
+    refusal,
+    plan,
+    partial(listed.small_windows, "backward"),
+    directions=("backward",),
+    clocks=clocks,
+)
