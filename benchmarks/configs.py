@@ -22,6 +22,7 @@ from natcore.planning import (
     plan_for,
     resident_forward,
     resident_geometry,
+    rolling_geometry,
     tiled,
     tiled_backward,
     tiled_backward_cost,
@@ -183,18 +184,26 @@ def _resident_forward(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
         yield 1.0, (g,)
 
 
+def _rolling(call: Call, facts: DeviceFacts) -> Iterator[Priced]:
+    """Bands on their way, of which the cost model knows little."""
+    for g in rolling_geometry.geometries(call.problem, facts, {}):
+        yield 1.0, (g,)
+
+
 _PRICED: dict[str, Callable[[Call, DeviceFacts], Iterator[Priced]]] = {
     "tiled": _tiled,
     "marching": _marching,
     "whole": _whole,
     "resident": _resident,
     "resident_forward": _resident_forward,
+    "rolling": _rolling,
     "tiled_backward": _tiled_backward,
 }
 _CHOSEN: dict[str, Callable[[Call, DeviceFacts], Cut]] = {
     "whole": lambda call, facts: (whole_geometry.choose_geometry(call.problem, call.direction, facts, {}),),
     "resident": lambda call, facts: (resident_geometry.choose_geometry(call.problem, facts, {}),),
     "resident_forward": lambda call, facts: (resident_forward.choose_geometry(call.problem, facts, {}),),
+    "rolling": lambda call, facts: (rolling_geometry.choose_geometry(call.problem, facts, {}),),
     "tiled": lambda call, facts: (tiled.configured(call, facts, {}),),
     "marching": _chosen_marching,
     "tiled_backward": _chosen_tiled_backward,

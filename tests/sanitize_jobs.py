@@ -7,18 +7,19 @@ from dataclasses import replace
 from benchmarks.configs import alternatives
 from natcore.planning import Config, DeviceFacts, candidates, plan_for
 from natcore.problem import Direction
-from tests import test_fast_backward, test_fast_forward, test_marching_backward
+from tests import test_fast_backward, test_fast_forward, test_marching_backward, test_rolling
 from tests.sanitize_process import Job
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 LAST_STAGE = [case for case in test_fast_backward.MORE if case.name == "last_stage"]  # whole maps, several of a warp
+ROLLING = [test_rolling.BY_NAME[name] for name in ("odd_extents", "ragged_groups", "causal", "no_bias")]
 CASES_OF = {
     "forward": test_fast_forward.ABLE + test_fast_forward.MORE + LAST_STAGE,
-    "backward": test_fast_backward.ABLE + test_fast_backward.MORE + test_marching_backward.UNEVEN,
+    "backward": test_fast_backward.ABLE + test_fast_backward.MORE + test_marching_backward.UNEVEN + ROLLING,
 }
 MAX_BATCH = 5  # more are only more of the same
 #: Cases that also run as planned for a GPU of one multiprocessor: blocks then take many maps, tiles or bands in turn.
-IN_TURN = ("nat_block", "nat_packed", "ragged_dilation", "causal_rows_strides", "last_stage")
+IN_TURN = ("nat_block", "nat_packed", "ragged_dilation", "causal_rows_strides", "last_stage", "odd_extents")
 
 
 def jobs(direction: Direction, device: DeviceFacts) -> list[Job]:

@@ -7,7 +7,7 @@ head dimensions; rows, batch, heads and strides are arguments.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from math import ceil
 
 from natcore.planning import listed
@@ -16,7 +16,7 @@ from natcore.planning.plan import Candidate, DeviceFacts, KernelInfo, Plan
 from natcore.planning.resident import backward_of
 from natcore.planning.resident_geometry import refusal_of_tokens
 from natcore.planning.rolling_geometry import AHEAD, choose_geometry, refusal_of_window
-from natcore.problem import Call
+from natcore.problem import Call, Problem, Window
 
 OPTIONS = ("ahead", "blocks_per_sm")
 #: Clocks of both launches and the first rows' way, of each band of a map on a multiprocessor, and of each unit of it;
@@ -60,6 +60,13 @@ def clocks(call: Call, facts: DeviceFacts) -> float:
     return _LAUNCH + maps * g.bands * g.blocks_per_sm * band
 
 
+def _listed() -> tuple[Call, ...]:
+    """Small windows, NAT-Tiny's second stage in other dtypes, and rows that fit GPUs with little shared memory."""
+    nat = Problem(Window.of(2, 7), 128, (28, 28), 4, 4, 32, 32, 0, "bfloat16", "bfloat16")
+    more = (nat, replace(nat, rpb_dtype=None), replace(nat, spatial=(28, 16), window=Window.of(2, 5)))
+    return listed.small_windows("backward") + tuple(listed.contiguous_call("backward", p) for p in more)
+
+
 _KERNEL = KernelInfo("rolling_backward", ("sm_80+",), max_registers=255, max_shared_bytes=0)
 CANDIDATE = Candidate(
     "rolling",
@@ -67,7 +74,7 @@ CANDIDATE = Candidate(
     OPTIONS,
     refusal,
     plan,
-    partial(listed.small_windows, "backward"),
+    _listed,
     directions=("backward",),
     clocks=clocks,
 )
