@@ -164,12 +164,11 @@ class Geometry(Maps):
     """A warp for each pair of columns of keys and one that copies."""
 
     ahead: int  # bands on their way
+    shift: int  # of the pairs
 
-    @property
+    @cached_property
     def split(self) -> Columns:
-        columns = columns_of(self.axes[1])
-        assert columns is not None
-        return columns
+        return Columns(self.axes[1], self.shift)
 
     @property
     def ring(self) -> int:
@@ -239,7 +238,8 @@ def geometries(problem: Problem, facts: DeviceFacts, options: Mapping[str, int])
     warps = split.pairs + 1
     for blocks in range(max(WARPS // warps, 1), 0, -1):
         for ahead in AHEAD:
-            g = Geometry(problem, warps, **({"blocks_per_sm": blocks, "ahead": ahead} | dict(options)))
+            values = {"blocks_per_sm": blocks, "ahead": ahead, **options}
+            g = Geometry(problem, warps, shift=split.shift, **values)
             if g.fits(facts):
                 yield g
 
