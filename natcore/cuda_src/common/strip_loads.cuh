@@ -75,8 +75,8 @@ __device__ __forceinline__ void make_barriers(const Barriers& barriers) {
 }
 
 // What the consumers do before anything is copied: zeros where products read what no copy ever writes, which are halves
-// of 16-element steps, gaps between rows, and rows below the map. Meanwhile the producers make the barriers and find out
-// what to copy.
+// of 16-element steps, gaps between rows, and rows below the map. Meanwhile the producers make the barriers and find
+// out what to copy.
 __device__ __forceinline__ void prepare_shared(unsigned char* shared, const Sizes& sizes) {
   // Rows of queries below the map are never copied, but drpb adds up 0 times what they hold.
   const bool all = PASS == QUERIES && (DILATION_0 > 1 || sizes.extent[0] % BAND != 0);
