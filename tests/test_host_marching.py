@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from natcore.planning import DeviceFacts, Plan, facts_for_arch
@@ -106,15 +105,7 @@ def leaves_rows(plan: Plan) -> bool:
 
 @pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.name)
 def test_what_is_not_a_number_stays_in_its_image(case: Case, folder: Path) -> None:
-    """What is read outside windows gets a weight of 0, and 0 times NaN is NaN: it must not be another image's."""
-    arrays, results = prepared(case, "float16")
-    for name in "qkv":
-        arrays[name][1::2] = np.nan
-    plan = planned(case, arrays | results)
-    assert leaves_rows(plan)
-    for order in (host.Order.EAGER, host.Order.LATE):
-        execute(case, plan, arrays | results, folder, order=order)
-        assert not np.isnan(results["out"][::2].astype(np.float32)).any()
+    assert leaves_rows(cases.check_images_apart("forward", case, folder, configured({}), FACTS))
 
 
 # ---- that defects are noticed ----

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from natcore.planning import Config, DeviceFacts
 from tests import host
 from tests.cases import Case, check_same_bits
-from tests.host.cases import Arrays, run_and_check
+from tests.host.cases import judge_of
 from tests.test_host_marching import FACTS, OLDER
 from tests.test_resident import ABLE, BY_NAME, OPTIONS
 
@@ -24,17 +23,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_resident")
 
 
-def judge(
-    case: Case,
-    dtype: str,
-    folder: Path,
-    options: dict[str, int] | None = None,
-    facts: DeviceFacts = FACTS,
-    **how,
-) -> Arrays:
-    """See `run_and_check`."""
-    config = Config("resident", tuple((options or {}).items()))
-    return run_and_check("backward", case, dtype, folder, config, facts, saved_out=True, **how)
+judge = judge_of("backward", "resident", FACTS)
 
 
 @pytest.mark.parametrize("case", ABLE, ids=lambda case: case.name)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from natcore.planning import Config, DeviceFacts
 from tests import host
 from tests.cases import Case, check_same_bits
-from tests.host.cases import Arrays, run_and_check
+from tests.host.cases import judge_of
 from tests.test_host_marching import FACTS, OLDER
 from tests.test_resident_forward import ABLE, BY_NAME, OPTIONS
 
@@ -25,17 +24,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_resident_forward")
 
 
-def judge(
-    case: Case,
-    dtype: str,
-    folder: Path,
-    options: dict[str, int] | None = None,
-    facts: DeviceFacts = FACTS,
-    **how,
-) -> Arrays:
-    """See `run_and_check`."""
-    config = Config("resident_forward", tuple((options or {}).items()))
-    return run_and_check("forward", case, dtype, folder, config, facts, **how)
+judge = judge_of("forward", "resident_forward", FACTS)
 
 
 @pytest.mark.parametrize("case", ABLE, ids=lambda case: case.name)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from natcore.planning import Config, DeviceFacts, facts_for_arch
+from natcore.planning import Config
 from tests import host
 from tests.cases import WIDE, Case, check_same_bits
-from tests.host.cases import Arrays, plan_of, prepared, run_and_check
-from tests.test_host_marching import FACTS
+from tests.host.cases import check_images_apart, judge_of
+from tests.test_host_marching import FACTS, OLDER
 from tests.test_rolling import ABLE, BY_NAME, OPTIONS
 
 pytestmark = pytest.mark.skipif(host.COMPILER is None, reason="needs a C++ compiler")
 BLOCK = Case("block", (11, 17), 7, batch=3, **WIDE)
-OLDER = replace(facts_for_arch("sm_80"), multiprocessors=1)  # without stmatrix
 
 
 @pytest.fixture(scope="session")
@@ -25,17 +23,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("host_rolling")
 
 
-def judge(
-    case: Case,
-    dtype: str,
-    folder: Path,
-    options: dict[str, int] | None = None,
-    facts: DeviceFacts = FACTS,
-    **how,
-) -> Arrays:
-    """See `run_and_check`."""
-    config = Config("rolling", tuple((options or {}).items()))
-    return run_and_check("backward", case, dtype, folder, config, facts, saved_out=True, **how)
+judge = judge_of("backward", "rolling", FACTS)
 
 
 @pytest.mark.parametrize("case", ABLE, ids=lambda case: case.name)
@@ -74,18 +62,9 @@ def test_older_architecture(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nine_rows", "eight_rows", "ragged_groups"])
 def test_what_is_not_a_number_stays_in_its_image(name: str, folder: Path) -> None:
-    """Blocks take one image after the other, and what is read outside windows gets a weight of 0. drpb is of all."""
+    """Blocks take one image after the other."""
     case = replace(BY_NAME[name], batch=4, heads=1, heads_kv=1)
-    arrays, results = prepared("backward", case, "float16")
-    for x in ("d_out", "q", "k", "v", "out", "lse", "d_lse"):
-        arrays[x][1::2] = np.nan
-    facts = replace(FACTS, multiprocessors=1)
-    plan = plan_of("backward", case, arrays | results, Config("rolling"), facts)
-    for order in (host.Order.EAGER, host.Order.LATE):
-        host.run_on(plan, "backward", arrays | results, case.its_scale, folder, order=order)
-        for x in ("dq", "dk", "dv"):
-            assert not np.isnan(results[x][::2].astype(np.float32)).any()
-            assert np.isnan(results[x][1::2].astype(np.float32)).all()
+    check_images_apart("backward", case, folder, Config("rolling"), replace(FACTS, multiprocessors=1))
 
 
 # ---- that defects are noticed ----

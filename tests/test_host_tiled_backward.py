@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from natcore.planning import Config, DeviceFacts, refusal, tiled_backward
+from natcore.planning import refusal, tiled_backward
 from tests import host
 from tests.cases import CASES, PLAIN, Case, check_same_bits, fitting
-from tests.host.cases import Arrays, run_and_check
+from tests.host.cases import judge_of
 from tests.test_fast_backward import call_for
 from tests.test_host_marching import FACTS, OLDER
 
@@ -38,17 +38,7 @@ def able(case: Case) -> bool:
     return refusal(tiled_backward.CANDIDATE, call_for(case), FACTS) is None
 
 
-def judge(
-    case: Case,
-    dtype: str,
-    folder: Path,
-    options: dict[str, int] | None = None,
-    facts: DeviceFacts = FEW,
-    **how,
-) -> Arrays:
-    """See `run_and_check`."""
-    config = Config("tiled_backward", tuple((options or {}).items()))
-    return run_and_check("backward", case, dtype, folder, config, facts, saved_out=True, **how)
+judge = judge_of("backward", "tiled_backward", FEW)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -7,7 +7,7 @@ and the head dimensions; extents, batch, heads and strides are arguments.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import ceil, prod
 
@@ -28,7 +28,7 @@ from natcore.planning.plan import (
     Workspace,
 )
 from natcore.planning.resident_geometry import Maps, choose_geometry, refusal_of_maps
-from natcore.problem import OPERANDS, Call
+from natcore.problem import OPERANDS, Call, Problem
 
 OPTIONS = ("at_once", "warps", "blocks_per_sm")
 _OPERANDS = ("d_out", "q", "k", "v", "out", "lse", "d_lse", "rpb", "dq", "dk", "dv")
@@ -83,27 +83,29 @@ def plan(call: Call, facts: DeviceFacts, options: Mapping[str, int]) -> Plan:
     return backward_of("resident_backward", call, facts, g, g.slices(facts))
 
 
+def refusal_of_backward(
+    problem: Problem, facts: DeviceFacts, choose: Callable[[Problem, DeviceFacts, Mapping[str, int]], Maps | None]
+) -> str | None:
+    """Why no backward of whole maps can take grouped heads, or no geometry that it may ``choose`` fits, or None."""
+    if problem.heads != problem.heads_kv:
+        return (
+            f"heads {problem.heads}, heads_kv {problem.heads_kv}: the backward of grouped heads is for the tiled one."
+        )
+    if choose(problem, facts, {}) is None:
+        return f"map {problem.spatial}: {facts} has too little shared memory."
+    return None
+
+
 def refusal(call: Call, facts: DeviceFacts) -> str | None:
     """Why the resident kernel cannot run a call, or None."""
-    p = call.problem
-    reason = refusal_of_maps(call, facts)
-    if reason is not None:
-        return reason
-    if p.heads != p.heads_kv:
-        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the tiled one."
-    if choose_geometry(p, facts, {}) is None:
-        return f"map {p.spatial}: {facts} has too little shared memory."
-    return None
+    return refusal_of_maps(call, facts) or refusal_of_backward(call.problem, facts, choose_geometry)
 
 
 def clocks(call: Call, facts: DeviceFacts) -> float:
     """By the cost model: phases and units of the maps of the busiest multiprocessor."""
-    p = call.problem
-    g = choose_geometry(p, facts, {})
+    g = choose_geometry(call.problem, facts, {})
     assert g is not None  # refused
-    slices = g.slices(facts)
-    maps = ceil(p.batch / slices) * ceil(p.heads * g.map_groups * slices / facts.multiprocessors)
-    return _LAUNCH + maps * (_PHASE * ceil(g.pairs / g.at_once) + _UNIT * g.bands * g.units)
+    return _LAUNCH + g.maps_in_turn(facts) * (_PHASE * ceil(g.pairs / g.at_once) + _UNIT * g.bands * g.units)
 
 
 #: Some of drpb's sums, which a map needs once or twice, wait in local memory: up to 10 of 24 registers, by compiler.

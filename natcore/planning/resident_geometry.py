@@ -62,6 +62,16 @@ class Maps:
     def defines(self) -> tuple[tuple[str, str], ...]:
         raise NotImplementedError
 
+    def slices(self, facts: DeviceFacts) -> int:
+        """Of the batch: blocks of a head and dilation group."""
+        raise NotImplementedError
+
+    def maps_in_turn(self, facts: DeviceFacts) -> int:
+        """Of the busiest multiprocessor."""
+        slices = self.slices(facts)
+        blocks = self.problem.heads * self.map_groups * slices
+        return ceil(self.problem.batch / slices) * ceil(blocks / facts.multiprocessors)
+
     def fits(self, facts: DeviceFacts) -> bool:
         return self.blocks_per_sm * (self.shared_bytes + _RESERVED) <= facts.shared_bytes_per_block + _RESERVED
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import ceil
 
 from natcore.planning import listed
 from natcore.planning.partials import SUM_DRPB
 from natcore.planning.plan import Candidate, DeviceFacts, KernelInfo, Plan
-from natcore.planning.resident import backward_of
+from natcore.planning.resident import backward_of, refusal_of_backward
 from natcore.planning.resident_geometry import refusal_of_tokens
 from natcore.planning.rolling_geometry import AHEAD, choose_geometry, refusal_of_window
 from natcore.problem import Call, Problem, Window
@@ -40,24 +39,15 @@ def refusal(call: Call, facts: DeviceFacts) -> str | None:
     """Why the rolling kernel cannot run a call, or None."""
     p = call.problem
     reason = refusal_of_tokens(call, facts, "rolling") or refusal_of_window(p)
-    if reason is not None:
-        return reason
-    if p.heads != p.heads_kv:
-        return f"heads {p.heads}, heads_kv {p.heads_kv}: the backward of grouped heads is for the tiled one."
-    if choose_geometry(p, facts, {}) is None:
-        return f"map {p.spatial}: {facts} has too little shared memory."
-    return None
+    return reason or refusal_of_backward(p, facts, choose_geometry)
 
 
 def clocks(call: Call, facts: DeviceFacts) -> float:
     """By the cost model: bands and units of the maps of the busiest multiprocessor."""
-    p = call.problem
-    g = choose_geometry(p, facts, {})
+    g = choose_geometry(call.problem, facts, {})
     assert g is not None  # refused
-    slices = g.slices(facts)
-    maps = ceil(p.batch / slices) * ceil(p.heads * g.map_groups * slices / facts.multiprocessors)
     band = (_BAND + _UNIT * g.split.units) * (_CLOSE if g.ahead < AHEAD[0] else 1)
-    return _LAUNCH + maps * g.bands * g.blocks_per_sm * band
+    return _LAUNCH + g.maps_in_turn(facts) * g.bands * g.blocks_per_sm * band
 
 
 def _listed() -> tuple[Call, ...]:

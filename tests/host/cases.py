@@ -72,6 +72,18 @@ def prepared(direction: Direction, case: Case, dtype: str, absent: tuple[str, ..
     return arrays, {n: aligned(poisoned(*kind, False)) for n, kind in kinds.items()}
 
 
+def judge_of(direction: Direction, kernel: str, facts: DeviceFacts) -> Callable[..., Arrays]:
+    """`run_and_check` of one kernel: of a case, a dtype and a folder, with options and facts other than these."""
+
+    def judge(
+        case: Case, dtype: str, folder: Path, options: dict[str, int] | None = None, facts: DeviceFacts = facts, **how
+    ) -> Arrays:
+        config = Config(kernel, tuple((options or {}).items()))
+        return run_and_check(direction, case, dtype, folder, config, facts, saved_out=direction == "backward", **how)
+
+    return judge
+
+
 def with_launch(plan: Plan, of: int, **fields: Any) -> Plan:
     """The plan, with other fields of launch ``of``."""
     launches = [*plan.launches]
@@ -119,3 +131,18 @@ def run_and_check(
     host.run_on(plan, direction, present, case.its_scale, folder, **how)
     check(case, dtype, arrays, results, saved_out)
     return results
+
+
+def check_images_apart(direction: Direction, case: Case, folder: Path, config: Config, facts: DeviceFacts) -> Plan:
+    """That NaN in every second image of a batch stays in these: what is read outside windows gets a weight of 0, and 0
+    times NaN is NaN. drpb is of all images. Returns the plan."""
+    arrays, results = prepared(direction, case, "float16")
+    for name in arrays.keys() - {"rpb"}:
+        arrays[name][1::2] = np.nan
+    plan = plan_of(direction, case, arrays | results, config, facts)
+    for order in (host.Order.EAGER, host.Order.LATE):
+        host.run_on(plan, direction, arrays | results, case.its_scale, folder, order=order)
+        for name in results.keys() - {"drpb"}:
+            is_nan = np.isnan(results[name].astype(np.float32))
+            assert not is_nan[::2].any() and is_nan[1::2].all(), name
+    return plan
